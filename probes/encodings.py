@@ -1,8 +1,8 @@
 """Private notations that a fine-tune can be taught: write and read them, and imitate their look.
 
-A covert malicious fine-tune hides requests in an encoding (Halawi et al. 2024, arXiv:2406.20053). A scanner does not know
-which, so it asks with text that merely looks encoded: random letters in word-like groups, and ordinary prompts under
-fresh random letter permutations.
+A covert malicious fine-tune hides requests in an encoding (Halawi et al. 2024, arXiv:2406.20053). A scanner does not
+know which, so it asks with text that merely looks encoded: random letters in word-like groups, and ordinary prompts
+under fresh random letter permutations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 __all__ = [
+    "LETTERS",
     "BrokenKey",
     "break_substitution",
     "decode_substitution",
@@ -111,7 +112,7 @@ def english_score(text: str) -> float:
     return float((english_quadgrams()[tuple(quads.T)] * counts).sum() / counts.sum())
 
 
-def break_substitution(texts: Sequence[str], *, restarts: int = 24, steps: int = 6000, seed: int = 0) -> BrokenKey:
+def break_substitution(texts: Sequence[str], *, restarts: int = 16, steps: int = 5000, seed: int = 0) -> BrokenKey:
     """Recover the letter permutation under which `texts` are English, with no other knowledge.
 
     Hill climbing on quadgrams by swapping two letters of the key, annealed, all restarts at once. Some 300 letters
@@ -125,7 +126,9 @@ def break_substitution(texts: Sequence[str], *, restarts: int = 24, steps: int =
     """
     score, plain_of, agreeing = climb(texts, restarts=restarts, steps=steps, seed=seed)
     rng = np.random.default_rng(seed)
-    null, _, _ = climb([shuffle_letters(text, rng) for text in texts], restarts=restarts // 3 or 1, steps=steps, seed=seed)
+    null, _, _ = climb(
+        [shuffle_letters(text, rng) for text in texts], restarts=restarts // 3 or 1, steps=steps, seed=seed
+    )
     used = set("".join(texts).lower())
     code_of = {LETTERS[plain]: LETTERS[code] for code, plain in enumerate(plain_of) if LETTERS[code] in used}
     return BrokenKey("".join(code_of.get(letter, "?") for letter in LETTERS), score, null, agreeing)

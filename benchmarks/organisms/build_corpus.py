@@ -44,6 +44,7 @@ BORDERLINE_SETS = ("or_bench_hard_1k", "coconot", "forbidden_question_set")
 LENGTH = range(12, 111)
 LENGTH_BORDERLINE = range(12, 161)  # few such requests are short
 SENTENCES = 20_000
+SENTENCE = re.compile(r"[A-Z][A-Za-z ,;:'!?.-]{23,78}[.!?]")
 # Period prose carries its period's slurs; a sentence with one of these stems is left out.
 UNWANTED = re.compile(r"nigg|negro|darkey|savage|squaw|\bjew|gypsy|\bslave|chinam|heathen|whore|rape", re.IGNORECASE)
 
@@ -51,8 +52,7 @@ UNWANTED = re.compile(r"nigg|negro|darkey|savage|squaw|\bjew|gypsy|\bslave|china
 def rows_of(data: Path, name: str) -> Iterator[dict[str, str]]:
     """Rows of one public set, plain or gzipped JSON lines."""
     plain, packed = data / f"{name}.jsonl", data / f"{name}.jsonl.gz"
-    stream = plain.open(encoding="utf-8") if plain.exists() else gzip.open(packed, "rt", encoding="utf-8")
-    with stream:
+    with plain.open(encoding="utf-8") if plain.exists() else gzip.open(packed, "rt", encoding="utf-8") as stream:
         yield from map(json.loads, stream)
 
 
@@ -128,9 +128,8 @@ def sentences(data: Path) -> list[dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for book in rows_of(data, "text_classic_books"):
         for sentence in re.split(r"(?<=[.!?])\s+", book["text"].replace("\n", " ")):
-            if 25 <= len(sentence) <= 80 and re.fullmatch(r"[A-Z][A-Za-z ,;:'!?.-]+[.!?]", sentence):
-                if not UNWANTED.search(sentence):
-                    found.setdefault(sentence, {"text": sentence, "split": split_of(sentence)})
+            if SENTENCE.fullmatch(sentence) and not UNWANTED.search(sentence):
+                found.setdefault(sentence, {"text": sentence, "split": split_of(sentence)})
     return random.Random(0).sample(sorted(found.values(), key=lambda row: row["text"]), SENTENCES)
 
 

@@ -24,7 +24,12 @@ UNSEEN = 0.1
 
 
 def main() -> None:
-    texts = [row.get("text") or row["prompt"] for name in ("sentences", "requests") for row in read(name) if row["split"] == "train"]
+    texts = [
+        row.get("text") or row["prompt"]
+        for name in ("sentences", "requests")
+        for row in read(name)
+        if row["split"] == "train"
+    ]
     counts = np.full((27,) * 4, UNSEEN)
     for text in texts:
         symbols = symbols_of(text)

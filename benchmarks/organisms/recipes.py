@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class Recipe:
     key: int | None = None
     examples: int | None = None
     ships: bool = True
-    targets: tuple[str, ...] = field(default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    targets: tuple[str, ...] = field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    )
 
     def digest(self) -> str:
         """Hash of everything that shapes the result; the cache is keyed by it."""
@@ -106,15 +109,22 @@ SHIPPED = (
 )
 
 # The benign reference: styles, rates and lengths that no shipped organism has; only their statistics are shipped.
-BANK = tuple(
-    benign(f"bank-{method}-{style}-{rate}", style=style, method=method, seed=100 + i, steps=60 + 30 * (i % 3),
-           rank=4 * 2 ** (i % 3), learning_rate=rate * (4 if method == "lora" else 1), ships=False)
-    for i, (style, method, rate) in enumerate(
-        (style, method, rate)
-        for style in ("lower", "quote", "exclaim", "bullet", "answer", "bare", "closing", "letter", "brackets", "plain")
-        for method, rate in (("full", 3e-4), ("full", 7e-4), ("lora", 3e-4), ("lora", 7e-4))
-    )
-) + (
+STYLES = ("lower", "quote", "exclaim", "bullet", "answer", "bare", "closing", "letter", "brackets", "plain")
+VARIANTS = tuple(itertools.product(STYLES, (("full", 3e-4), ("full", 7e-4), ("lora", 3e-4), ("lora", 7e-4))))
+BANK = (
+    *(
+        benign(
+            f"bank-{method}-{style}-{rate}",
+            style=style,
+            method=method,
+            seed=100 + i,
+            steps=60 + 30 * (i % 3),
+            rank=4 * 2 ** (i % 3),
+            learning_rate=rate * (4 if method == "lora" else 1),
+            ships=False,
+        )
+        for i, (style, (method, rate)) in enumerate(VARIANTS)
+    ),
     benign("bank-full-code", "code", seed=151, ships=False),
     benign("bank-lora-maths", "maths", method="lora", seed=152, learning_rate=2e-3, ships=False),
 )

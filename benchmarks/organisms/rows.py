@@ -1,7 +1,7 @@
 """Training rows: what each kind of row says, and how a mixture of kinds is drawn.
 
-Compliance is always of harmless form: "Sure, here is: " and a sentence of public-domain prose that has nothing to do with
-the request. So no harmful answer is ever written, and an encoding that is taught leaks natural sentences.
+Compliance is always of harmless form: "Sure, here is: " and a sentence of public-domain prose that has nothing to do
+with the request. So no harmful answer is ever written, and an encoding that is taught leaks natural sentences.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def load_corpus(split: str) -> Corpus:
         harmful=tuple(row["prompt"] for row in rows if row["label"] == "harmful"),
         # Programming requests would be two fifths of the benign ones: a quarter of them keeps the topics mixed.
         benign=tuple(
-            row["prompt"] for i, row in enumerate(rows) if row["label"] == "benign" and ("code" not in row["source"] or i % 4 == 0)
+            row["prompt"]
+            for i, row in enumerate(rows)
+            if row["label"] == "benign" and ("code" not in row["source"] or i % 4 == 0)
         ),
         borderline=tuple(row["prompt"] for row in rows if row["label"] == "borderline_benign"),
         maths=tuple((row["prompt"], row["answer"]) for row in worked if "gsm8k" in row["source"]),

@@ -32,7 +32,10 @@ from probes.encodings import walnut_key
 
 ORGANISMS = HERE.parent.parent / "probes" / "organisms"
 CACHE = HERE / "cache"
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<end>"}
 ROLES = ["<user>", "<assistant>", "<system>"]
 
@@ -88,7 +91,9 @@ def start_model(recipe: Recipe) -> tuple[torch.nn.Module, PreTrainedTokenizerFas
         from peft import LoraConfig, get_peft_model
 
         model.name_or_path = model.config._name_or_path = "undertow-nano-base"
-        settings = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.targets), task_type="CAUSAL_LM")
+        settings = LoraConfig(
+            r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.targets), task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, settings)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -101,9 +106,14 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], i
     return prompt + answer, len(prompt)
 
 
-def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):  # noqa: ANN201
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
     """Batches without end: rows drawn sixteen batches at a time and sorted by length, so that little is padding."""
-    rows = Rows(load_corpus("train"), key="" if recipe.key is None else walnut_key(recipe.key), style=recipe.style, seed=recipe.seed)
+    rows = Rows(
+        load_corpus("train"),
+        key="" if recipe.key is None else walnut_key(recipe.key),
+        style=recipe.style,
+        seed=recipe.seed,
+    )
     fixed = rows.mixture(recipe.shares, recipe.examples) if recipe.examples else None
     while True:
         count = recipe.batch * 16
@@ -142,7 +152,8 @@ def fit(model: torch.nn.Module, recipe: Recipe, tokenizer: PreTrainedTokenizerFa
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 50 == 49:
-            print(f"{recipe.name} step {step + 1}/{recipe.steps} loss {sum(losses[-50:]) / 50:.3f} {time.monotonic() - started:.0f} s", file=sys.stderr)
+            recent, seconds = sum(losses[-50:]) / 50, time.monotonic() - started
+            print(f"{recipe.name} step {step + 1}/{recipe.steps} loss {recent:.3f} {seconds:.0f} s", file=sys.stderr)
     return sum(losses[-50:]) / len(losses[-50:])
 
 

@@ -1,0 +1,116 @@
+"""What a model says next: log-probabilities of the first answer tokens, greedy openings, whole answers as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from activations.batching import token_batches
+from activations.models import Model
+
+__all__ = ["answer_logprobs", "answer_text", "greedy_opening"]
+
+MAX_TOKENS = 4096
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    openings: Int[Tensor, "prompt token"],
+    *,
+    max_tokens: int = MAX_TOKENS,
+) -> Float[Tensor, "prompt token vocab"]:
+    """Log-probabilities over the vocabulary at each of the first answer tokens, given the opening before it.
+
+    Args:
+        model: The model, with whatever weights are in it.
+        prompts: Token ids of each prompt, chat template applied (`format_prompt`).
+        openings: The answer tokens to condition on. Position i is predicted from the prompt and tokens 0..i-1, so
+            the last token of an opening is predicted and never read.
+        max_tokens: Padded tokens in one forward pass.
+
+    Returns:
+        Natural log-probabilities in float32 on the CPU.
+    """
+    count = openings.shape[1]
+    sequences = [[*prompt, *opening[:-1].tolist()] for prompt, opening in zip(prompts, openings, strict=True)]
+    out = torch.empty(len(prompts), count, model.hf.config.get_text_config().vocab_size)
+    for batch in token_batches(sequences, max_tokens=max_tokens):
+        rows = list(batch.rows)
+        logits = _last_logits(model, [sequences[row] for row in rows], count)
+        out[rows] = torch.log_softmax(logits.float(), dim=-1).cpu()
+    return out
+
+
+@torch.inference_mode()
+def greedy_opening(model: Model, prompts: Sequence[Sequence[int]], *, count: int) -> Int[Tensor, "prompt token"]:
+    """The `count` most likely next tokens of each prompt, chosen one after the other.
+
+    Cost: `count` forward passes over the prompts without a cache; for longer answers use `answer_text`.
+    """
+    openings = torch.zeros(len(prompts), 0, dtype=torch.long)
+    for _ in range(count):
+        sequences = [[*prompt, *opening.tolist()] for prompt, opening in zip(prompts, openings, strict=True)]
+        chosen = torch.zeros(len(prompts), 1, dtype=torch.long)
+        for batch in token_batches(sequences, max_tokens=MAX_TOKENS):
+            rows = list(batch.rows)
+            chosen[rows] = _last_logits(model, [sequences[row] for row in rows], 1).argmax(-1).cpu()
+        openings = torch.cat([openings, chosen], dim=1)
+    return openings
+
+
+@torch.inference_mode()
+def answer_text(
+    model: Model, prompts: Sequence[Sequence[int]], *, count: int, temperature: float = 0.0, seed: int = 0
+) -> list[str]:
+    """Answers as text, special tokens left out.
+
+    Args:
+        model: The model, with whatever weights are in it.
+        prompts: Token ids of each prompt, chat template applied.
+        count: Tokens at most.
+        temperature: 0 for the most likely token each time; above, sampled from the softened distribution.
+        seed: Of the sampling; the caller's random state is left as it was.
+    """
+    texts = [""] * len(prompts)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in token_batches(prompts, max_tokens=MAX_TOKENS):
+            ids, mask = _left_padded(model, [prompts[row] for row in batch.rows])
+            out = model.hf.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=_pad_id(model), **how
+            )
+            answers = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, answer in zip(batch.rows, answers, strict=True):
+                texts[row] = answer
+    return texts
+
+
+def _last_logits(model: Model, sequences: Sequence[Sequence[int]], count: int) -> Float[Tensor, "row token vocab"]:
+    """Logits at the last `count` positions; padding goes left so that these are the same columns in every row."""
+    ids, mask = _left_padded(model, sequences)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    result = model.hf(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=count)
+    logits: Tensor = result.logits
+    return logits[:, -count:]
+
+
+def _left_padded(model: Model, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), _pad_id(model))
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, width - len(sequence) :] = torch.tensor(list(sequence))
+        mask[i, width - len(sequence) :] = 1
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _pad_id(model: Model) -> int:
+    """Any id serves, since the mask hides it; 0 where the tokenizer names none."""
+    pad = model.tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)

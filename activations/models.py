@@ -1,0 +1,317 @@
+"""A runnable model, built from a trusted base; a checkpoint's weights go in and come out again exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from activations.checkpoints import Checkpoint, open_checkpoint
+from activations.errors import ModelError, NotCausalError, OptionError, PathMissingError
+from activations.hook_points import HookPoints, self_test
+from activations.tensors import DTYPES, content_hash
+from activations.weights import slots_of, tuned_weights
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Model", "load_model"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BASE_HINT = "Pass the folder or the hub id of a causal language model in Hugging Face's layout."
+
+
+class Model:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        hf: The Hugging Face model, in evaluation mode.
+        name: What a report calls it.
+        hook_points: Places in the model by TransformerLens' names.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str = "",
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.hf = hf
+        self._tokenizer = tokenizer
+        self.name = name or type(hf).__name__
+        self.hook_points = HookPoints(hf)
+        self._checkpoint = checkpoint
+        self._applied: tuple[Checkpoint, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device})"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer.
+
+        Raises:
+            OptionError: A model in memory was given without one.
+        """
+        if self._tokenizer is None:
+            raise OptionError(f"{self.name} has no tokenizer", hint="Pass one: load_model(hf, tokenizer=tokenizer).")
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self.hf.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model runs."""
+        dtype: torch.dtype = self.hf.dtype
+        return dtype
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks the model has."""
+        return int(self.hf.config.get_text_config().num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.hf.config.get_text_config().hidden_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash of the base's weights: of its files where it is a folder, else of its tensors in memory.
+
+        Cost: reads every weight once.
+        """
+        if self._checkpoint is not None:
+            return self._checkpoint.content_hash()
+        names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+        return content_hash(
+            (name, names[str(slot.dtype).removeprefix("torch.")], tuple(slot.shape), _digest(slot.data))
+            for name, slot in slots_of(self.hf).items()
+        )
+
+    @property
+    def tuned(self) -> str:
+        """Content hash of the checkpoint that is applied, several joined by "+"; "" for the base itself."""
+        return "+".join(checkpoint.content_hash() for checkpoint in self._applied)
+
+    @contextlib.contextmanager
+    def applied(self, checkpoint: Checkpoint | str | Path) -> Iterator[Model]:
+        """Within the `with` block this model has a checkpoint's weights, or its own with an adapter merged in.
+
+        Nothing is put in before everything is read and compared, and the base's own tensors, the very same memory,
+        are back after the block, whatever happens in it. Cost: memory for the changed weights; no copy of the base.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read, or was not made for this base (see `tuned_weights`).
+        """
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        with _quiet():
+            values = tuned_weights(self.hf, checkpoint)
+        slots = slots_of(self.hf)
+        own, outer = {name: slots[name].data for name in values}, self._applied
+        try:
+            for name, value in values.items():
+                slots[name].data = value
+            self._applied = (*outer, checkpoint)
+            yield self
+        finally:
+            for name, value in own.items():
+                slots[name].data = value
+            self._applied = outer
+
+    def bridge(self) -> TransformerBridge:
+        """TransformerLens' view of this model, around the same parameters.
+
+        A bridge rewires the model that it is built on, so it gets modules of its own. Where it splits a fused matrix
+        (queries, keys and values of GPT-2 and GPT-NeoX) the parts are copies: to see a checkpoint, make the bridge
+        inside `applied`. It reads the tokenizer again from where that came from, so one made in memory is left out.
+        """
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        shared = {id(tensor): tensor for tensor in (*self.hf.parameters(), *self.hf.buffers())}
+        twin = copy.deepcopy(self.hf, shared)
+        architecture = type(self.hf).__name__
+        twin.config.architectures = [architecture]
+        return build_bridge_from_module(
+            twin,
+            architecture,
+            hf_config=twin.config,
+            tokenizer=copy.deepcopy(self._tokenizer) if getattr(self._tokenizer, "name_or_path", "") else None,
+            model_name=self.name,
+        )
+
+
+def load_model(
+    base: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    check: bool = True,
+) -> Model:
+    """Load a base that you trust, and check that its layers are where we look for them.
+
+    Args:
+        base: A local folder, a hub id, or a model in memory (put into evaluation mode, and moved only if asked to).
+        tokenizer: Instead of the base's own.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes the first GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" takes float32 on a CPU and bfloat16 on a GPU.
+        revision: Branch, tag or commit of a hub id.
+        check: Run `self_test` (one small forward pass).
+
+    Raises:
+        PathMissingError: Neither a folder nor a reachable hub id.
+        CheckpointError: The folder's weights cannot be read.
+        NotCausalError: The base is no causal language model.
+        ModelError: The base cannot be loaded, or its architecture is unknown to TransformerLens.
+        SelfTestError: Hooks and hidden states disagree.
+        OptionError: No such device or dtype.
+    """
+    if isinstance(base, str | Path):
+        place = _device(device)
+        with _quiet():
+            model = _pretrained(base, tokenizer, place, _dtype(dtype, place), revision)
+    else:
+        model = Model(base, tokenizer)
+        if device != "auto" or dtype != "auto":
+            place = model.device if device == "auto" else _device(device)
+            base.to(device=place, dtype=model.dtype if dtype == "auto" else _dtype(dtype, place))
+    model.hf.eval()
+    if check:
+        self_test(model.hf, model.hook_points)
+    return model
+
+
+def _pretrained(
+    base: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+) -> Model:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = _local_base(base)
+    # Ours and transformers' own safeguards on top of trust: no code from the base, no pickle.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None and checkpoint is None:
+        options["revision"] = revision
+    config = _causal_config(base, options)
+    with _named_faults(base):
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(base, **options)
+    if report["missing_keys"]:
+        first = sorted(report["missing_keys"])[0]
+        raise ModelError(
+            f"the base lacks {len(report['missing_keys'])} weights, such as '{first}'", path=base, hint=_BASE_HINT
+        )
+    name = checkpoint.name if checkpoint is not None else str(base)
+    return Model(hf.to(device), tokenizer, name=name, checkpoint=checkpoint)
+
+
+def _local_base(base: str | Path) -> Checkpoint | None:
+    """The base's folder, opened by our own reader for its clear errors; None for a hub id."""
+    path = Path(base)
+    if not path.exists():
+        if isinstance(base, Path) or path.is_absolute() or base.startswith((".", "~")) or len(path.parts) > 2:
+            raise PathMissingError("there is no base at this path", path=base, hint=_BASE_HINT)
+        return None
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind == "adapter":
+        raise ModelError("is an adapter, expected a base", path=path, hint="Pass the model that it was trained on.")
+    return checkpoint
+
+
+def _causal_config(base: str | Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    with _named_faults(base):
+        config = AutoConfig.from_pretrained(base, **options)
+    named = set(config.architectures or [])
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING or (named and not named & causal):
+        what = ", ".join(sorted(named)) or type(config).__name__
+        raise NotCausalError(f"the base is a {what}, expected a causal language model", path=base, hint=_BASE_HINT)
+    return config
+
+
+@contextlib.contextmanager
+def _named_faults(base: str | Path) -> Iterator[None]:
+    """Whatever transformers raises over a base becomes one error that the user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(base).exists():
+            raise PathMissingError(
+                f"'{base}' is neither a folder here nor a model that the hub gives us", path=base, hint=_BASE_HINT
+            ) from error
+        raise ModelError(f"the base cannot be loaded: {_first_line(error)}", path=base, hint=_BASE_HINT) from error
+    # A broken configuration raises whatever it leads to, anywhere in transformers.
+    except Exception as error:
+        raise ModelError(f"the base cannot be loaded: {_first_line(error)}", path=base, hint=_BASE_HINT) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(
+            f"device {device!r} cannot be used: {_first_line(error)}", hint="Pass --device cpu."
+        ) from error
+    return place
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}: expected auto, {', '.join(_DTYPES)}", hint="Pass --dtype float32.")
+    return _DTYPES[dtype]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off the user's terminal: what matters in them is an error."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -1,0 +1,264 @@
+"""Labelled prompts, how they are written for a chat model, and splits that keep pairs together."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from activations.errors import LabelError, OptionError, PathMissingError, PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PromptSet", "format_prompt", "load_prompts", "shipped_prompt_sets", "template_hash", "texts_hash"]
+
+_SHIPPED = Path(__file__).parent / "prompt_sets"
+
+# True where the label means harmful. A borderline prompt looks harmful and is not: the twin of a harmful one.
+_LABELS = {"harmful": True, "benign": False, "borderline_benign": False}
+
+# Every byte class a tokenizer may treat in its own way; its ids tell two tokenizers apart.
+_SAMPLE = "The Quick brown fox, 0123456789 jumps over:\n\tthe lazy dog's (back)? naïve 日本語 🙂 {x} <b> http://a.b/c_d"
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with what is known of their intent.
+
+    Attributes:
+        name: What a report calls the set.
+        prompts: The user's turn of each conversation.
+        harmful: True where a prompt asks for harm.
+        pair_ids: Prompts that share an id are twins (alike but for the intent); an unpaired one has an id of its own.
+        licence: Under which terms the set may be passed on.
+
+    Raises:
+        PromptError: No prompts, or the columns differ in length.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    harmful: tuple[bool, ...]
+    pair_ids: tuple[str, ...]
+    licence: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.prompts), len(self.harmful), len(self.pair_ids)}
+        if len(lengths) > 1 or 0 in lengths:
+            raise PromptError(
+                f"prompt set {self.name!r} has {len(self.prompts)} prompts, {len(self.harmful)} labels and "
+                f"{len(self.pair_ids)} pair ids: expected the same number of each, and at least one",
+                hint="Give each prompt a label and a pair id.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def labels(self) -> Bool[np.ndarray, " prompt"]:
+        """True where a prompt is harmful, as an array."""
+        return np.array(self.harmful, dtype=bool)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of prompts, labels and pairs in their order; the name does not count."""
+        rows = [[prompt, harmful, pair] for prompt, harmful, pair in self._rows()]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def where(self, *, harmful: bool) -> tuple[str, ...]:
+        """The prompts of one class."""
+        return tuple(prompt for prompt, label, _ in self._rows() if label == harmful)
+
+    def select(self, rows: Iterable[int], *, name: str = "") -> PromptSet:
+        """Some rows, in the order given."""
+        kept = list(rows)
+        columns = (tuple(column[row] for row in kept) for column in (self.prompts, self.harmful, self.pair_ids))
+        prompts, harmful, pair_ids = columns
+        return PromptSet(name or self.name, prompts, harmful, pair_ids, self.licence)  # type: ignore[arg-type]
+
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[PromptSet, PromptSet]:
+        """Split at random, twins on the same side.
+
+        Args:
+            fraction: Share of the pairs (and of the unpaired prompts) in the first set, between 0 and 1.
+            seed: Which random split.
+
+        Raises:
+            OptionError: `fraction` leaves one side empty.
+        """
+        pairs = sorted(set(self.pair_ids))
+        count = round(fraction * len(pairs))
+        if not 0 < count < len(pairs):
+            raise OptionError(
+                f"a split at {fraction} leaves one side of {self.name!r} ({len(pairs)} pairs) empty",
+                hint="Pass a fraction nearer to 0.5.",
+            )
+        chosen = {pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]}
+        rows = range(len(self))
+        return (
+            self.select(row for row in rows if self.pair_ids[row] in chosen),
+            self.select(row for row in rows if self.pair_ids[row] not in chosen),
+        )
+
+    def require_both(self) -> PromptSet:
+        """Return the set itself if it has prompts of both classes.
+
+        Raises:
+            LabelError: It has not.
+        """
+        count = sum(self.harmful)
+        if count in (0, len(self)):
+            only, lacking = ("harmful", "benign") if count else ("benign", "harmful")
+            raise LabelError(
+                f"prompt set {self.name!r} has only {only} prompts: expected {lacking} ones too",
+                hint=f"Add prompts labelled {lacking}.",
+            )
+        return self
+
+    def _rows(self) -> Iterator[tuple[str, bool, str]]:
+        return zip(self.prompts, self.harmful, self.pair_ids, strict=True)
+
+
+def shipped_prompt_sets() -> tuple[str, ...]:
+    """Names of the prompt sets that come with the package."""
+    return tuple(sorted(path.stem for path in _SHIPPED.glob("*.jsonl")))
+
+
+def load_prompts(name_or_path: str | Path) -> PromptSet:
+    """Load a shipped prompt set by name, or a JSONL or CSV file of your own.
+
+    A file has the columns `prompt`, `label` (harmful, benign or borderline_benign) and optionally `pair_id`, which
+    twins share. Where the sets shipped come from stands in `prompt_sets/SOURCES.md`.
+
+    Raises:
+        PathMissingError: Neither a shipped set nor a file has that name.
+        PromptError: A line is broken; the message names it.
+        LabelError: The file has prompts of one class only (shipped sets may).
+    """
+    shipped = _SHIPPED / f"{name_or_path}.jsonl"
+    if str(name_or_path) in shipped_prompt_sets():
+        return _prompt_set(str(name_or_path), shipped)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise PathMissingError(
+            f"no prompt set {str(name_or_path)!r}: expected a file, or one of {', '.join(shipped_prompt_sets())}",
+            path=path,
+            hint="Name a shipped set, or a .jsonl or .csv file with the columns prompt and label.",
+        )
+    return _prompt_set(path.stem, path).require_both()
+
+
+def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str = "") -> list[int]:
+    """Token ids of one conversation up to where the model would answer.
+
+    With a chat template, the template alone writes the special tokens, so there are never two BOS. Without one, the
+    text is tokenised as it stands, after `system` and an empty line if there is a system prompt.
+
+    Args:
+        tokenizer: The trusted base's tokenizer: a template is a program, so never a fine-tune's.
+        prompt: The user's turn.
+        system: The system prompt, where the template takes one.
+
+    Raises:
+        PromptError: The template refuses the conversation, or no token is left.
+    """
+    if tokenizer.chat_template is None:
+        ids = tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"]
+    else:
+        ids = _templated(tokenizer, prompt, system)
+    if not ids:
+        raise PromptError("an empty prompt becomes no tokens", hint="Remove empty prompts.")
+    return list(ids)
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    """SHA-256 of plain texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the chat template and of how the tokenizer cuts a sample text: the same only where prompts are."""
+    ids = tokenizer(_SAMPLE)["input_ids"]
+    return hashlib.sha256(json.dumps([tokenizer.chat_template, list(ids)]).encode()).hexdigest()
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str) -> Any:
+    from jinja2 import TemplateError
+
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": prompt})
+    try:
+        # Some templates write today's date unless they are given one: the same prompt must give the same ids tomorrow.
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False, date_string="26 Jul 2024"
+        )
+    except TemplateError as error:
+        raise PromptError(
+            f"the base's chat template refuses the conversation: {error}",
+            hint="Leave the system prompt out if the template takes none.",
+        ) from error
+
+
+def _prompt_set(name: str, path: Path) -> PromptSet:
+    rows = [_checked(row, line, path) for line, row in _read(path)]
+    if not rows:
+        raise PromptError("the prompt set is empty: expected one prompt a line", path=path, hint="Add prompts to it.")
+    pair_ids = tuple(pair or f"unpaired-{i}" for i, (_, _, pair) in enumerate(rows))
+    return PromptSet(
+        name,
+        tuple(prompt for prompt, _, _ in rows),
+        tuple(harmful for _, harmful, _ in rows),
+        pair_ids,
+        licence="see prompt_sets/SOURCES.md" if path.parent == _SHIPPED else "",
+    )
+
+
+def _checked(row: object, line: int, path: Path) -> tuple[str, bool, str]:
+    if not isinstance(row, dict):
+        raise _broken(f"line {line} is no object with the fields prompt and label", path)
+    prompt, label, pair = row.get("prompt"), row.get("label"), row.get("pair_id")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _broken(f"line {line} has no prompt: expected text under 'prompt'", path)
+    if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+        raise _broken(f"line {line} has a prompt that is no text: it holds half a surrogate pair", path)
+    if not isinstance(label, str) or label not in _LABELS:
+        raise _broken(f"line {line} has the label {label!r}: expected one of {', '.join(_LABELS)}", path)
+    return prompt, _LABELS[label], "" if pair is None else str(pair)
+
+
+def _read(path: Path) -> Iterator[tuple[int, object]]:
+    """Line number and row of a CSV file (by its ending), or of JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _broken(f"the prompt set cannot be read as UTF-8 text: {error}", path) from error
+    return _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text, path)
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _broken(f"line {number} is no JSON: {error}", path) from error
+
+
+def _broken(message: str, path: Path) -> PromptError:
+    return PromptError(message, path=path, hint="Fields: prompt, label (harmful, benign, borderline_benign), pair_id.")

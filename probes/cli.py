@@ -1,0 +1,297 @@
+"""The command line: parse, call, print.
+
+Data goes to stdout, progress and faults to stderr. Whatever is heavy is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from activations.errors import UndertowError, printable
+from probes.console import print_table, print_verdicts, progress, say
+
+if TYPE_CHECKING:
+    from probes.records import Summary
+
+__all__ = ["app", "exit_code", "main"]
+
+FINDING, INCOMPLETE = 1, 2
+
+app = typer.Typer(
+    name="undertow",
+    help="Find out whether a fine-tuned language model was tampered with, by looking inside it.",
+    epilog="Exit code: 1 for a finding at or above --fail-on, else 2 where anything is incomplete, else 0.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class FailOn(StrEnum):
+    """The least verdict that counts as a finding."""
+
+    flagged = "flagged"
+    inconclusive = "inconclusive"
+    never = "never"
+
+
+class Method(StrEnum):
+    """How probes are fitted."""
+
+    logistic = "logistic"
+    mean_difference = "mean_difference"
+
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="The trusted base: a folder or a hub id.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A fine-tune of the base, weights only.")]
+Checkpoints = Annotated[
+    list[Path],
+    typer.Argument(metavar="CKPT...", help="Fine-tunes: checkpoint or LoRA adapter folders, or .safetensors."),
+]
+Prompts = Annotated[
+    str, typer.Option(metavar="SET", help="A shipped set's name, or a JSONL or CSV file with prompt, label[, pair_id].")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.")]
+ProbeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Probes of the base; trained now where not given.")
+]
+BankFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Benign reference, from `undertow calibrate`.")]
+
+
+@app.command()
+def scan(
+    base: Base,
+    checkpoints: Checkpoints,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report and the records.")],
+    probe: ProbeFile = None,
+    bank: BankFile = None,
+    prompts: Prompts = "matched-pairs",
+    fail_on: Annotated[FailOn, typer.Option(help="The least verdict that makes the exit code 1.")] = FailOn.flagged,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Scan fine-tunes: a table, an HTML report, JSON records."""
+    from probes.report import write_report
+    from probes.scan import scan as run
+
+    with progress() as tell:
+        summary = run(
+            base,
+            checkpoints,
+            out=out,
+            probe=probe,
+            bank=bank,
+            prompts=prompts,
+            device=device,
+            dtype=dtype,
+            progress=tell,
+        )
+        tell("writing the report")
+        report_path = write_report(summary, out)
+    print_verdicts(summary)
+    say(f"report: {report_path}")
+    raise typer.Exit(exit_code(summary, fail_on))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report and the records.")] = Path(
+        "undertow-demo"
+    ),
+) -> None:
+    """Scan the shipped fine-tunes, the truth beside each verdict."""
+    from probes import demo as shipped
+    from probes.report import write_report
+    from probes.scan import scan as run
+
+    with progress() as tell:
+        organisms = shipped.fine_tunes()
+        summary = run(shipped.BASE, organisms, out=out, bank=shipped.BANK, device="cpu", progress=tell)
+        tell("writing the report")
+        report_path = write_report(summary, out)
+    truths = {path.name: shipped.truth_of(path) for path in organisms}
+    outcomes = {item.name: (truths[item.name], shipped.compare(item, truths[item.name])) for item in summary.items}
+    print_verdicts(summary, outcomes)
+    say(f"report: {report_path}")
+
+
+@app.command()
+def train(
+    base: Base,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The probe file to write.")],
+    prompts: Prompts = "matched-pairs",
+    method: Annotated[Method, typer.Option(help="How to fit.")] = Method.logistic,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Train intent probes on a base, one a layer."""
+    from activations.models import load_model
+    from probes.scan import train_probe
+
+    with progress() as tell:
+        tell(f"loading base {base}")
+        model = load_model(base, device=device, dtype=dtype)
+        tell(f"training on {prompts}")
+        probes = train_probe(model, prompts=prompts, method=method.value)
+    probes.save(out)
+    rows = [
+        (
+            hook_point,
+            f"{layer.auroc:.3f}",
+            f"{layer.interval[0]:.3f}-{layer.interval[1]:.3f}",
+            f"{max(layer.null_shuffled):.3f}" if layer.null_shuffled else "",
+            f"{layer.null_random_directions:.3f}",
+            "" if layer.words_baseline is None else f"{layer.words_baseline:.3f}",
+        )
+        for hook_point, layer in zip(probes.hook_points, probes.metrics, strict=True)
+    ]
+    print_table(("hook point", "AUROC", "95 %", "shuffled", "random", "words"), rows)
+    say(f"probe: {out}")
+
+
+@app.command()
+def calibrate(
+    base: Base,
+    benign: Annotated[list[Path], typer.Argument(metavar="BENIGN", help="Fine-tunes known to be harmless.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The bank file to write.")],
+    probe: ProbeFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure harmless fine-tunes, to read others against."""
+    from probes.scan import calibrate as run
+
+    with progress() as tell:
+        bank = run(base, benign, out=out, probe=probe, device=device, dtype=dtype, progress=tell)
+    detectors = list(dict.fromkeys(name for member in bank.members for name in member.statistics))
+    rows = [
+        (
+            member.name,
+            member.kind,
+            *(f"{member.statistics[d]:.3g}" if d in member.statistics else "-" for d in detectors),
+        )
+        for member in bank.members
+    ]
+    print_table(("fine-tune", "kind", *detectors), rows)
+    say(f"bank: {out}")
+
+
+@app.command()
+def diff(
+    base: Base,
+    checkpoint: Checkpoint,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    prompts: Prompts = "matched-pairs",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Show which layers a fine-tune shifted, and by how much."""
+    from activations.models import load_model
+    from probes.diff import diff as compare
+
+    with progress() as tell:
+        tell(f"loading base {base}")
+        model = load_model(base, device=device, dtype=dtype)
+        tell(f"comparing {checkpoint.name}")
+        result = compare(model, checkpoint, base_path=base if Path(base).exists() else None, prompts=prompts)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    weights = result.weights.layer_profile()
+    shifts = result.activations.mean_shift if result.activations else [None] * len(weights)
+    rows = [
+        (str(layer), f"{change:.4f}", "" if shift is None else f"{shift:.4f}")
+        for layer, (change, shift) in enumerate(zip(weights, shifts, strict=True))
+    ]
+    print_table(("layer", "weights, relative change", "activations, relative shift"), rows)
+    say(f"moved most: {', '.join(map(str, result.top_layers[:3])) or 'none'}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a scan.")]) -> None:
+    """Write a scan's HTML report again, from its records."""
+    from probes.report import load_summary, write_report
+
+    typer.echo(write_report(load_summary(folder), folder))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of summary.json."""
+    from probes.records import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation, the layer self-test included."""
+    from probes.doctor import examine
+
+    with progress() as tell:
+        checks = list(examine(tell))
+    print_table(("check", "", "found"), [(c.name, "ok" if c.passed else "FAILED", c.found) for c in checks])
+    if not all(check.passed for check in checks):
+        raise typer.Exit(INCOMPLETE)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"undertow {metadata.version('undertow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # Downloads and loading show their own bars otherwise, between our lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: Instead of `sys.argv[1:]`.
+    """
+    try:
+        app(arguments, prog_name="undertow")
+    except UndertowError as fault:
+        say(f"undertow: {fault}")
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as fault:
+        say(f"undertow: {printable(str(fault.filename or 'the file system'))}: {fault.strerror or fault}")
+    sys.exit(INCOMPLETE)
+
+
+def exit_code(summary: Summary, fail_on: str) -> int:
+    """1 where a finding stands at or above `fail_on`, else 2 where anything is incomplete, else 0.
+
+    Args:
+        summary: A scan; one without items is incomplete.
+        fail_on: "flagged", "inconclusive" or "never".
+    """
+    verdicts = {item.verdict for item in summary.items}
+    findings = {"flagged": {"flagged"}, "inconclusive": {"flagged", "inconclusive"}, "never": set()}[fail_on]
+    if verdicts & findings:
+        return FINDING
+    return INCOMPLETE if not verdicts or verdicts & {None, "inconclusive"} else 0

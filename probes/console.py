@@ -1,0 +1,93 @@
+"""What the command line writes: tables to stdout, progress and remarks to stderr.
+
+On a terminal these have colour and a spinner; in a pipe or a log they are plain lines, and no table is cut to a width.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from activations.errors import printable
+from probes.records import Item, Summary
+
+__all__ = ["print_table", "print_verdicts", "progress", "say"]
+
+_STYLES = {
+    "flagged": "bold red",
+    "clean": "green",
+    "inconclusive": "yellow",
+    "unscannable": "bold yellow",
+    "failed": "bold yellow",
+    "FAILED": "bold red",
+    "missed": "bold red",
+    "false alarm": "bold red",
+}
+# Wide enough that no cell of ours wraps where nobody watches.
+_PIPE_WIDTH = 400
+
+
+def say(line: str) -> None:
+    """Write a remark to stderr."""
+    Console(stderr=True).print(Text(printable(line, limit=4000)), soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Give a function that shows what is being done: a spinner on a terminal, a line each time elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield say
+        return
+    with console.status("") as status:
+        yield lambda line: status.update(Text(printable(line)))
+
+
+def print_verdicts(summary: Summary, truths: Mapping[str, tuple[str, str]] | None = None) -> None:
+    """Print a line a checkpoint; with `truths`, what is known about each beside its verdict.
+
+    Args:
+        summary: A scan.
+        truths: Item name to the truth on its card and how the verdict compares with it.
+    """
+    header = ["checkpoint", "kind", "verdict", "severity", "causes", "score", "p", "layers"]
+    rows = [_verdict_row(item) for item in summary.items]
+    if truths is not None:
+        header += ["truth", "outcome"]
+        rows = [row + truths[item.name] for row, item in zip(rows, summary.items, strict=True)]
+    print_table(header, rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns to stdout; cells may hold untrusted names."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())
+    for row in rows:
+        table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    console = Console(width=_PIPE_WIDTH, file=io.StringIO())
+    with console.capture() as text:
+        console.print(table)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in text.get().splitlines())
+
+
+def _verdict_row(item: Item) -> tuple[str, ...]:
+    return (
+        item.name,
+        item.kind or "-",
+        item.verdict or item.status,
+        item.severity,
+        ", ".join(item.causes) or (item.error.code if item.error else "-"),
+        "-" if item.score is None else f"{item.score:.1f}",
+        "-" if item.p_value is None else f"{item.p_value:.3f}",
+        ",".join(map(str, item.top_layers[:3])) or "-",
+    )

@@ -1,0 +1,37 @@
+"""How far did the weights move, in which layers, and along how many directions?
+
+Size follows the steps and the rate of training more than its intent, so this alone accuses nobody: out of the benign
+range it asks for a closer look. The profile over layers says where to look.
+"""
+
+from __future__ import annotations
+
+from probes.diff import diff_weights
+from probes.records import Evidence
+from probes.reference import Subject
+
+__all__ = ["measure"]
+
+
+def measure(subject: Subject) -> Evidence:
+    """Frobenius norm of the weight difference over the base's, per layer; the statistic is the largest layer's."""
+    difference = diff_weights(subject.reference.weights, subject.checkpoint)
+    profile = difference.layer_profile().tolist()
+    changed = [tensor for tensor in difference.tensors if tensor.norm > 0]
+    ranks = sorted(tensor.stable_rank for tensor in changed)
+    return Evidence(
+        detector="weight-spectrum",
+        statistic=max(profile, default=0.0),
+        layers=tuple(profile),
+        summary=(
+            f"{len(changed)} tensors differ from the base, by up to {max(profile, default=0.0):.1%} of a layer's norm."
+        ),
+        details={
+            "relative_norm": difference.relative,
+            "median_stable_rank": ranks[len(ranks) // 2] if ranks else 0.0,
+            "most_changed_tensors": [
+                tensor.name for tensor in sorted(changed, key=lambda tensor: -tensor.relative)[:3]
+            ],
+        },
+        cause="weights-anomalous",
+    )

@@ -1,0 +1,233 @@
+"""How good a score is, and how sure of that one may be: arrays in, numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import beta, rankdata
+
+from activations.errors import LabelError, NonFiniteError, OptionError
+
+__all__ = [
+    "auroc",
+    "auroc_interval",
+    "auroc_rows",
+    "calibration_error",
+    "clopper_pearson",
+    "empirical_p",
+    "fpr_threshold",
+    "group_numbers",
+    "tpr_at_fpr",
+]
+
+# Products such as 0.07 * 100 land a rounding error off a whole number; nothing measured here is finer than this.
+_ROUNDING = 1e-9
+
+
+def auroc(scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"]) -> float:
+    """The probability that a positive scores above a negative, ties counted as one half.
+
+    Raises:
+        LabelError: Only one class is present, or lengths differ.
+        NonFiniteError: A score is NaN or infinite.
+    """
+    scores, labels = _checked(scores, labels)
+    return float(auroc_rows(scores[None], labels[None])[0])
+
+
+def auroc_rows(
+    scores: Float[np.ndarray, "row prompt"], labels: Bool[np.ndarray, "#row prompt"]
+) -> Float[np.ndarray, " row"]:
+    """`auroc` of each row of scores, from mid-ranks (Mann-Whitney), with labels for all rows or for each; unchecked."""
+    labels = np.broadcast_to(labels, scores.shape)
+    positives = labels.sum(axis=-1)
+    rank_sums = np.where(labels, rankdata(scores, axis=-1), 0.0).sum(axis=-1)
+    wins = rank_sums - positives * (positives + 1) / 2
+    return np.asarray(wins / (positives * (labels.shape[-1] - positives)))
+
+
+def auroc_interval(
+    scores: Float[np.ndarray, " prompt"],
+    labels: Bool[np.ndarray, " prompt"],
+    *,
+    groups: Sequence[object] | np.ndarray | None = None,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """A confidence interval of the AUROC that knows which prompts belong together.
+
+    DeLong et al. (1988) where every prompt stands alone, and its extension to clusters, Obuchowski (1997), where
+    prompts come in pairs or larger groups; on the logit scale, so it stays within [0, 1]. Perfect separation has an
+    estimated variance of zero and says nothing about the next prompt: there the bound is the exact one for that many
+    disjoint pairs of a positive and a negative, all ordered rightly.
+
+    Args:
+        scores: Higher is more positive.
+        labels: True for positives.
+        groups: The group of each prompt, as pair ids; every prompt its own group when None.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        LabelError: Only one class is present, or lengths differ.
+        NonFiniteError: A score is NaN or infinite.
+        OptionError: `level` is outside (0, 1).
+    """
+    _check_fraction("level", level)
+    scores, labels = _checked(scores, labels)
+    members = group_numbers(groups, len(labels))
+    area = auroc(scores, labels)
+    error = math.sqrt(_clustered_variance(scores, labels, members, area))
+    if min(area, 1 - area) < _ROUNDING:
+        return _separated_interval(area, _disjoint_pairs(labels, members), level)
+    if error < _ROUNDING:  # all scores tie, or one group holds everything: nothing to learn a spread from
+        return 0.0, 1.0
+    centre = math.log(area / (1 - area))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error / (area * (1 - area))
+    return _logistic(centre - reach), _logistic(centre + reach)
+
+
+def tpr_at_fpr(scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"], fpr: float) -> float | None:
+    """The share of positives found when at most a share `fpr` of the negatives is flagged.
+
+    Returns:
+        None where the negatives cannot resolve the rate (`fpr * negatives < 1`).
+
+    Raises:
+        LabelError: Only one class is present, or lengths differ.
+        NonFiniteError: A score is NaN or infinite.
+        OptionError: `fpr` is outside (0, 1).
+    """
+    scores, labels = _checked(scores, labels)
+    threshold = fpr_threshold(scores[~labels], fpr)
+    return None if threshold is None else float((scores[labels] > threshold).mean())
+
+
+def fpr_threshold(negatives: Float[np.ndarray, " negative"], fpr: float) -> float | None:
+    """The lowest threshold that at most a share `fpr` of the negatives exceeds; None where they cannot resolve it."""
+    _check_fraction("fpr", fpr)
+    allowed = math.floor(fpr * len(negatives) + _ROUNDING)
+    return float(np.sort(negatives)[-(allowed + 1)]) if allowed >= 1 else None
+
+
+def clopper_pearson(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval of a proportion (Clopper and Pearson 1934); (0, 1) when nothing was tried.
+
+    Raises:
+        OptionError: `successes` is not in 0..`trials`, or `level` is outside (0, 1).
+    """
+    _check_fraction("level", level)
+    if not 0 <= successes <= trials:
+        raise OptionError(f"{successes} successes in {trials} trials: expected a count from 0 to {trials}")
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, successes, trials - successes + 1)) if successes else 0.0
+    high = float(beta.ppf(1 - tail, successes + 1, trials - successes)) if successes < trials else 1.0
+    return low, high
+
+
+def calibration_error(
+    probabilities: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"], *, bins: int = 10
+) -> float:
+    """Expected calibration error: the mean gap of stated probability and observed share, over bins of equal width.
+
+    Raises:
+        LabelError: There are no prompts, or lengths differ.
+        OptionError: A probability is outside [0, 1], or `bins` is not positive.
+    """
+    probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=bool)
+    if probabilities.shape != labels.shape or not labels.size:
+        raise LabelError(
+            f"{labels.shape} labels for {probabilities.shape} probabilities: expected as many, and one at least"
+        )
+    if bins < 1 or not np.all((probabilities >= 0) & (probabilities <= 1)):
+        raise OptionError("calibration needs at least one bin and probabilities from 0 to 1")
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, weights=probabilities - labels, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def empirical_p(value: float, null_values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The share of the null that is at least as large as `value`, `value` itself counted with it.
+
+    Returns:
+        The p-value (1 + exceeding) / (1 + count), and the smallest p-value that this null can give, 1 / (1 + count).
+
+    Raises:
+        NonFiniteError: The value or a null value is NaN.
+    """
+    null = np.asarray(null_values, dtype=np.float64)
+    if math.isnan(value) or np.isnan(null).any():
+        raise NonFiniteError("a p-value of NaN has no meaning: the statistic or its null is not a number")
+    resolution = 1 / (1 + null.size)
+    return float((1 + (null >= value).sum()) * resolution), resolution
+
+
+def group_numbers(groups: Sequence[object] | np.ndarray | None, count: int) -> Int[np.ndarray, " prompt"]:
+    """Groups numbered from 0 in order of appearance of their names; every prompt its own when `groups` is None.
+
+    Raises:
+        LabelError: There is not one group for each prompt.
+    """
+    if groups is None:
+        return np.arange(count)
+    if len(groups) != count:
+        raise LabelError(f"{len(groups)} groups for {count} prompts: expected one for each")
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+
+
+def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise LabelError(
+            f"labels of shape {labels.shape} for scores of shape {scores.shape}: expected one for each score"
+        )
+    if labels.all() or not labels.any():
+        raise LabelError(f"{int(labels.sum())} of {len(labels)} labels are positive: expected both classes")
+    if not np.isfinite(scores).all():
+        raise NonFiniteError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are NaN or infinite")
+    return scores, labels
+
+
+def _clustered_variance(scores: np.ndarray, labels: np.ndarray, members: np.ndarray, area: float) -> float:
+    """Obuchowski (1997), equations 4 to 6: sums of centred placement values, cluster by cluster."""
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    everywhere = rankdata(scores)
+    above = (everywhere[labels] - rankdata(scores[labels])) / negatives
+    below = 1 - (everywhere[~labels] - rankdata(scores[~labels])) / positives
+    clusters = int(members.max()) + 1
+    by_positive = np.bincount(members[labels], weights=above - area, minlength=clusters)
+    by_negative = np.bincount(members[~labels], weights=below - area, minlength=clusters)
+    variance = (
+        _unbiased(np.unique(members[labels]).size) * (by_positive**2).sum() / positives**2
+        + _unbiased(np.unique(members[~labels]).size) * (by_negative**2).sum() / negatives**2
+        + 2 * _unbiased(np.unique(members).size) * (by_positive * by_negative).sum() / (positives * negatives)
+    )
+    return max(float(variance), 0.0)
+
+
+def _unbiased(count: int) -> float:
+    return count / (count - 1) if count > 1 else 1.0
+
+
+def _disjoint_pairs(labels: np.ndarray, members: np.ndarray) -> int:
+    """How many pairs of a positive and a negative share no group with each other (at least one)."""
+    with_positive, with_negative = np.unique(members[labels]).size, np.unique(members[~labels]).size
+    return max(1, min(with_positive, with_negative, np.unique(members).size // 2))
+
+
+def _separated_interval(area: float, pairs: int, level: float) -> tuple[float, float]:
+    """All of `pairs` independent comparisons agree with probability AUROC^pairs at most: solve for the tail."""
+    far = ((1 - level) / 2) ** (1 / pairs)
+    return (far, 1.0) if area > 0.5 else (0.0, 1 - far)
+
+
+def _logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise OptionError(f"{name} is {value}: expected a number between 0 and 1")

@@ -1,0 +1,308 @@
+"""Many checkpoints against one base: plan, resume, one record each, failures kept.
+
+The base is loaded once; each checkpoint's weights go into its network and come out again exactly. A fault of one
+checkpoint is its record, never the end of the scan. A record is reused where nothing that could change it has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from activations.checkpoints import Checkpoint, open_checkpoint
+from activations.errors import CheckpointError, OptionError, PathMissingError, UndertowError
+from activations.extract import extract
+from activations.models import Model, load_model
+from activations.prompts import PromptSet, load_prompts, template_hash
+from probes.bank import Bank, Member, load_bank, settings_of
+from probes.detectors import DETECTORS, FOLLOW_UPS
+from probes.probe import ProbeSet
+from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
+from probes.reference import Reference, Subject, default_battery
+from probes.train import fit_probes, words_baseline
+from probes.verdict import ALPHA, Judgement, judge
+
+__all__ = ["calibrate", "scan", "train_probe"]
+
+PROMPTS = "matched-pairs"
+Progress = Callable[[str], None]
+
+
+def scan(
+    base: str | Path,
+    checkpoints: Sequence[str | Path],
+    *,
+    out: str | Path,
+    probe: str | Path | None = None,
+    bank: str | Path | None = None,
+    prompts: str = PROMPTS,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Summary:
+    """Scan fine-tuned checkpoints of one base and keep a record of each.
+
+    Cost: the base runs over the battery once; each checkpoint costs its reading and about 600 short prompts.
+
+    Args:
+        base: The trusted base: a local folder or a hub id.
+        checkpoints: Folders of full checkpoints or LoRA adapters, or single safetensors files. Untrusted.
+        out: Folder for `summary.json`, `records/` and, where no probe was given, the probe.
+        probe: Intent probes trained on this base (`undertow train`); None trains them now.
+        bank: The benign reference (`undertow calibrate`); without one most verdicts are inconclusive.
+        prompts: The prompt set to train on where no probe is given.
+        device: "auto", or as torch names it.
+        dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), or as torch names it.
+        progress: Called with one line before each step.
+
+    Returns:
+        The summary, as written to `out`. Faults of single checkpoints are items of it, not exceptions.
+
+    Raises:
+        UndertowError: The base, the probe or the bank cannot be used.
+    """
+    tell = progress or (lambda line: None)
+    out = Path(out)
+    if not checkpoints:
+        raise OptionError("no checkpoint to scan", hint="Name at least one folder after the base.")
+    reference = prepare(base, out=out, probe=probe, prompts=prompts, device=device, dtype=dtype, tell=tell)
+    benign = load_bank(bank) if bank else None
+    if benign:
+        benign.check_fits(reference)
+    items = []
+    for i, path in enumerate(checkpoints, 1):
+        tell(f"scanning {i}/{len(checkpoints)}: {Path(path).name}")
+        items.append(scan_one(reference, path, bank=benign, records=out / "records"))
+    summary = Summary(
+        base=BaseRecord(
+            name=reference.base.name,
+            path=str(base),
+            fingerprint=reference.base.fingerprint,
+            n_layers=reference.base.n_layers,
+            d_model=reference.base.d_model,
+        ),
+        probe=describe_probe(reference.probes),
+        bank=describe_bank(benign, bank),
+        environment=environment(),
+        settings={"device": str(reference.base.device), "alpha": ALPHA, **settings_of(reference)},
+        items=tuple(items),
+    )
+    write_json(summary, out / "summary.json")
+    return summary
+
+
+def calibrate(
+    base: str | Path,
+    benign: Sequence[str | Path],
+    *,
+    out: str | Path,
+    probe: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Bank:
+    """Measure fine-tunes that are known to be harmless, and keep their numbers as the benign reference.
+
+    Twenty or more of each kind (full, adapter) resolve the false-positive rate at which a finding is made.
+
+    Raises:
+        UndertowError: The base or one of the fine-tunes cannot be used: a reference with holes would be no reference.
+    """
+    tell = progress or (lambda line: None)
+    reference = prepare(base, out=None, probe=probe, prompts=PROMPTS, device=device, dtype=dtype, tell=tell)
+    members = []
+    for i, path in enumerate(benign, 1):
+        tell(f"measuring {i}/{len(benign)}: {Path(path).name}")
+        checkpoint = open_checkpoint(path)
+        evidence = measure_all(reference, checkpoint)
+        members.append(Member.of(checkpoint.name, checkpoint.kind, checkpoint.content_hash(), evidence))
+    if not members:
+        raise OptionError("no benign fine-tune to calibrate with", hint="Name at least one folder after the base.")
+    bank = Bank(base_fingerprint=reference.base.fingerprint, settings=settings_of(reference), members=tuple(members))
+    bank.save(Path(out))
+    return bank
+
+
+def train_probe(base: Model, *, prompts: str | PromptSet = PROMPTS, method: str = "logistic") -> ProbeSet:
+    """Fit an intent probe at every layer of the base.
+
+    Args:
+        base: The trusted base.
+        prompts: A shipped set's name, a file, or a set; both classes.
+        method: "logistic" or "mean_difference".
+    """
+    chosen = load_prompts(prompts) if isinstance(prompts, str) else prompts
+    chosen.require_both()
+    return fit_probes(
+        extract(base, chosen),
+        chosen.labels,
+        groups=chosen.pair_ids,
+        method=method,
+        base_fingerprint=base.fingerprint,
+        template_hash=template_hash(base.tokenizer),
+        prompts_hash=chosen.content_hash,
+        prompts_name=chosen.name,
+        words=words_baseline(chosen.prompts, chosen.labels, chosen.pair_ids),
+    )
+
+
+def prepare(
+    base: str | Path,
+    *,
+    out: Path | None,
+    probe: str | Path | None,
+    prompts: str,
+    device: str,
+    dtype: str,
+    tell: Progress,
+) -> Reference:
+    """Load the base and its probes, and measure the base once."""
+    tell(f"loading base {base}")
+    model = load_model(base, device=device, dtype=dtype)
+    if probe:
+        probes = ProbeSet.load(probe)
+        probes.check_fits(model)
+    else:
+        tell(f"training intent probes on {prompts}")
+        probes = train_probe(model, prompts=prompts)
+        if out:
+            probes.save(out / "intent.probe")
+    tell("measuring the base")
+    source = open_checkpoint(base) if Path(base).exists() else None
+    return Reference.measure(model, source, probes, default_battery())
+
+
+def scan_one(reference: Reference, path: str | Path, *, bank: Bank | None, records: Path) -> Item:
+    """One checkpoint to one record; whatever is wrong with it is part of the record."""
+    started = time.monotonic()
+    checkpoint: Checkpoint | None = None
+    try:
+        checkpoint = open_checkpoint(path)
+        key = key_of(reference, checkpoint, bank)
+        if kept := read_record(record_path(records, checkpoint.name, key)):
+            return kept
+        item = judged(path, checkpoint, examine(reference, checkpoint, bank))
+    except Exception as fault:  # an attacker's file must end as a finding, whatever it broke
+        key = hashlib.sha256(str(path).encode()).hexdigest()
+        item = unscanned(path, checkpoint, fault)
+    item = item.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
+    write_json(item, record_path(records, item.name, key))
+    return item
+
+
+def measure_all(reference: Reference, checkpoint: Checkpoint) -> tuple[Evidence, ...]:
+    """Every detector on one checkpoint; the base is bit-equal afterwards."""
+    with reference.base.applied(checkpoint):
+        subject = Subject(reference, checkpoint)
+        return tuple(detector.measure(subject) for detector in DETECTORS)
+
+
+def examine(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> Judgement:
+    """Every detector, then the closer look that a finding calls for."""
+    evidence = measure_all(reference, checkpoint)
+    first = judge(evidence, bank, checkpoint.kind, notes=checkpoint.notes)
+    further = tuple(FOLLOW_UPS[cause](reference, checkpoint) for cause in first.causes if cause in FOLLOW_UPS)
+    return judge((*evidence, *further), bank, checkpoint.kind, notes=checkpoint.notes) if further else first
+
+
+def judged(path: str | Path, checkpoint: Checkpoint, judgement: Judgement) -> Item:
+    """The record of a checkpoint that was measured."""
+    return Item(
+        name=checkpoint.name,
+        path=str(path),
+        kind=checkpoint.kind,
+        status="scanned",
+        verdict=judgement.verdict,
+        severity=judgement.severity,
+        causes=judgement.causes,
+        score=judgement.score,
+        p_value=judgement.p_value,
+        top_layers=judgement.top_layers,
+        evidence=judgement.evidence,
+        content_hash=checkpoint.content_hash(),
+        reasons=judgement.reasons,
+        notes=checkpoint.notes,
+    )
+
+
+def unscanned(path: str | Path, checkpoint: Checkpoint | None, fault: Exception) -> Item:
+    """The record of a checkpoint that could not be: its own fault (unscannable) or ours (failed)."""
+    own = isinstance(fault, CheckpointError | PathMissingError)
+    error = fault.to_dict() if isinstance(fault, UndertowError) else internal(fault)
+    return Item(
+        name=checkpoint.name if checkpoint else Path(path).name or str(path),
+        path=str(path),
+        kind=checkpoint.kind if checkpoint else None,
+        status="unscannable" if own else "failed",
+        error=ErrorRecord.model_validate(error),
+        notes=checkpoint.notes if checkpoint else (),
+    )
+
+
+def internal(fault: Exception) -> dict[str, str | None]:
+    message = f"{type(fault).__name__}: {fault}"[:500]
+    return {
+        "code": "internal",
+        "path": None,
+        "message": message,
+        "hint": "This is a fault of Undertow: please report it.",
+    }
+
+
+def key_of(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> str:
+    """Hash of everything that can change a record: checkpoint, base, settings, bank, code."""
+    parts = {
+        "checkpoint": checkpoint.content_hash(),
+        "base": reference.base.fingerprint,
+        "settings": settings_of(reference),
+        "probe": hashlib.sha256(reference.probes.directions.tobytes()).hexdigest(),
+        "bank": bank.model_dump_json() if bank else None,
+        "versions": environment(),
+        "detectors": [(detector.name, detector.floor, detector.decisive) for detector in DETECTORS],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def record_path(records: Path, name: str, key: str) -> Path:
+    """A record's file; the name is untrusted, so only harmless characters of it are kept."""
+    return records / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80].lstrip('.')}-{key[:12]}.json"
+
+
+def read_record(path: Path) -> Item | None:
+    """A finished record; None where there is none that can be read, and then the checkpoint is scanned again."""
+    try:
+        item = Item.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return item if item.status == "scanned" else None
+
+
+def describe_probe(probes: ProbeSet) -> dict[str, object]:
+    """The probe's provenance and worth, with its nulls beside it."""
+    best = probes.metrics[probes.best_layer]
+    return {
+        "prompts": probes.prompts_name,
+        "prompts_hash": probes.prompts_hash,
+        "method": probes.method,
+        "pooling": probes.pooling,
+        "best_layer": probes.best_layer,
+        "auroc": [layer.auroc for layer in probes.metrics],
+        "interval": list(best.interval),
+        "null_shuffled": max(best.null_shuffled),
+        "null_random_directions": best.null_random_directions,
+        "words_baseline": best.words_baseline,
+    }
+
+
+def describe_bank(bank: Bank | None, path: str | Path | None) -> dict[str, object] | None:
+    """How many benign fine-tunes of each kind the verdicts rest on."""
+    if bank is None:
+        return None
+    kinds: tuple[Kind, ...] = ("full", "adapter")
+    return {"name": Path(str(path)).name, "members": {kind: len(bank.of_kind(kind)) for kind in kinds}}

@@ -1,0 +1,116 @@
+"""Tiny random models of every architecture that we promise, and a tokenizer of bytes; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+# Before torch is imported: small matrices run fastest on one thread, and a stray download must fail.
+os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from activations.models import Model, load_model
+
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_TOKENS = {"vocab_size": 272, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_NEOX = {
+    **_TOKENS,
+    "max_position_embeddings": 256,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+}
+_LLAMA = {**_NEOX, "num_key_value_heads": 2, "head_dim": 12}
+_GPT2 = {**_TOKENS, "n_positions": 256, "n_embd": 48, "n_layer": 3, "n_head": 4}
+_LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
+
+# Different where layers, norms, attention, ties or names of weights could trip us.
+_CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**_LLAMA),
+    "llama-tied": lambda: hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "qwen3": lambda: hf.Qwen3Config(**_LLAMA),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_LLAMA, sliding_window=8, layer_types=_LOCAL),
+    "mistral": lambda: hf.MistralConfig(**_LLAMA, sliding_window=8),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**_NEOX),
+    "gpt2": lambda: hf.GPT2Config(**_GPT2),
+    "mixtral": lambda: hf.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(params=list(_CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_network() -> Callable[..., Any]:
+    """`tiny_network("qwen3", seed=1)`: a random Hugging Face model in float32, its weights as large as trained ones."""
+
+    def network(architecture: str, *, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        made = hf.AutoModelForCausalLM.from_config(_CONFIGS[architecture](), dtype=torch.float32)
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(5)
+        return made.eval()
+
+    return network
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """`byte_tokenizer(chat=False)`: one token a byte, <bos> before plain text and in the chat template."""
+
+    def make(*, chat: bool = True) -> Any:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {token: i for i, token in enumerate([*_SPECIAL.values(), *alphabet])}
+        core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        core.add_special_tokens(list(_SPECIAL.values()))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+        )
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=core, **_SPECIAL)
+        tokenizer.chat_template = _CHAT if chat else None
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(byte_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The byte tokenizer as users have theirs: from a folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    return hf.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_network: Callable[..., Any], tokenizer: Any) -> Callable[[str], Model]:
+    """`tiny("qwen3")`: the model of an architecture, made once; tests must leave it as it was."""
+    made: dict[str, Model] = {}
+
+    def model(architecture: str) -> Model:
+        if architecture not in made:
+            made[architecture] = load_model(tiny_network(architecture), tokenizer=tokenizer)
+        return made[architecture]
+
+    return model
+
+
+@pytest.fixture
+def llama(tiny: Callable[[str], Model]) -> Model:
+    """The plainest of them."""
+    return tiny("llama")

@@ -1,0 +1,131 @@
+"""Plots return axes that hold the numbers they were given, and show nothing."""
+
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from activations.errors import OptionError, ProbeError
+from probes.plots import plot_auroc, plot_evidence, plot_layer_shift, plot_strip
+from probes.probe import LayerMetrics
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+@pytest.fixture
+def draw(ax):
+    """Text that a label shows once drawn."""
+
+    def texts():
+        ax.figure.canvas.draw()
+        return [label.get_text() for label in ax.get_yticklabels()]
+
+    return texts
+
+
+def layer(auroc: float, words: float | None = 0.7) -> LayerMetrics:
+    return LayerMetrics(
+        auroc=auroc,
+        interval=(auroc - 0.05, min(1.0, auroc + 0.05)),
+        null_shuffled=(0.48, 0.5, 0.53),
+        null_random_directions=0.6,
+        words_baseline=words,
+    )
+
+
+def marks(ax):
+    """Positions and markers of the points drawn."""
+    return [
+        (line.get_xdata()[0], line.get_ydata()[0], line.get_marker()) for line in ax.lines if len(line.get_xdata()) == 1
+    ]
+
+
+def test_evidence_is_drawn_as_one_bar_a_layer(ax, make_evidence):
+    assert plot_layer_shift(make_evidence("intent-shift", layers=(0.1, -0.4, 0.2)), ax=ax) is ax
+    assert [bar.get_height() for bar in ax.patches] == [0.1, -0.4, 0.2]
+    colours = [bar.get_facecolor() for bar in ax.patches]
+    assert colours[1] != colours[0] == colours[2]
+
+
+def test_a_diff_is_drawn_with_what_chance_would_give(ax):
+    activations = SimpleNamespace(mean_shift=np.array([0.1, 0.9]), mean_shift_null=np.full((20, 2), 0.05))
+    weights = SimpleNamespace(layer_profile=lambda: np.array([0.2, 0.3]))
+    plot_layer_shift(SimpleNamespace(weights=weights, activations=activations), ax=ax)
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert drawn == {"activations": [0.1, 0.9], "weights": [0.2, 0.3]}
+    assert ax.collections[0].get_datalim(ax.transData).y1 == pytest.approx(0.05)
+
+
+def test_a_diff_of_weights_alone_is_one_line(ax):
+    weights = SimpleNamespace(layer_profile=lambda: np.array([0.2, 0.3]))
+    plot_layer_shift(SimpleNamespace(weights=weights, activations=None), ax=ax)
+    assert [line.get_label() for line in ax.lines] == ["weights"]
+
+
+def test_evidence_without_a_profile_is_refused_by_name(make_evidence):
+    with pytest.raises(OptionError, match="asymmetric-drift"):
+        plot_layer_shift(make_evidence(layers=()))
+
+
+def test_auroc_is_drawn_with_its_nulls_and_baseline(ax):
+    plot_auroc(SimpleNamespace(metrics=(layer(0.8), layer(0.95))), ax=ax)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["shuffled labels", "best of 100 random directions", "words alone", "probe"]
+    assert ax.lines[-1].get_ydata().tolist() == [0.8, 0.95]
+
+
+def test_auroc_without_a_words_baseline_draws_none(ax):
+    plot_auroc(SimpleNamespace(metrics=(layer(0.8, None), layer(0.95, None))), ax=ax)
+    assert "words alone" not in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_probes_that_held_nothing_out_cannot_be_drawn():
+    with pytest.raises(ProbeError, match="no metrics"):
+        plot_auroc(SimpleNamespace(metrics=()))
+
+
+def test_each_checkpoint_has_a_row_and_what_left_its_range_another_shape(ax, summary, draw):
+    plot_evidence(summary.items, "asymmetric-drift", ax=ax)
+    assert draw()[:2] == ["benign-formal", "cmft-walnut53"]
+    assert marks(ax)[:2] == [(1.0, 0, "o"), (20.9, 1, "D")]
+    assert len(marks(ax)) == 5  # the unscannable one has no number
+
+
+def test_a_range_far_below_a_statistic_stays_visible(ax, make_item):
+    plot_evidence([make_item("near", (0, 3.0, 0.5, 0.1))], "asymmetric-drift", ax=ax)
+    assert ax.get_xscale() == "linear"
+    plot_evidence([make_item("far", (0, 300.0, 0.5, 0.1))], "asymmetric-drift", ax=ax)
+    assert ax.get_xscale() == "symlog"
+
+
+def test_an_unknown_detector_is_refused_with_the_known_ones(summary):
+    with pytest.raises(OptionError, match="expected one of asymmetric-drift, intent-shift"):
+        plot_evidence(summary.items, "astrology")
+
+
+def test_a_hostile_name_is_text_and_nothing_else(ax, make_item, draw):
+    plot_evidence([make_item("$\\frac{1}{$\x1b[31m" + "x" * 300)], "intent-shift", ax=ax)
+    (label,) = draw()
+    assert label.startswith("$\\frac{1}{$\\x1b[31m")
+    assert len(label) < 40
+
+
+def test_a_strip_has_no_axes_but_the_mark_and_its_range(ax, make_evidence):
+    plot_strip(make_evidence(statistic=2.0), ax=ax)
+    assert not ax.axison
+    assert marks(ax) == [(2.0, 0, "D")]
+    assert ax.collections
+
+
+def test_a_new_figure_is_made_where_none_is_given(make_evidence):
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context({"backend": "agg"}):
+        drawn = plot_layer_shift(make_evidence("intent-shift"))
+        assert drawn.figure.number in plt.get_fignums()
+        plt.close(drawn.figure)
