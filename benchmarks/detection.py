@@ -1,6 +1,6 @@
 """What a scan says of the shipped organisms, beside what is true of them, and how often it cries wolf.
 
-    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]]
+    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--picture FILE]
 
 The scan is blind: copies of the organisms without their cards, under names that say nothing, in shuffled order. Then
 the cards are read. Two false-positive rates: on the shipped benign fine-tunes, and on the bank's members, each read
@@ -34,6 +34,7 @@ from activations.prompts import format_prompt
 from probes.bank import Bank, Member, load_bank
 from probes.demo import BANK, BASE, compare, fine_tunes, truth_of
 from probes.metrics import auroc, auroc_interval, clopper_pearson
+from probes.plots import plot_evidence
 from probes.records import Evidence, Item
 from probes.reference import default_battery
 from probes.scan import calibrate, scan
@@ -55,6 +56,8 @@ def main() -> None:
     organisms = fine_tunes()
     items = blind_scan(organisms, options.bank if bank else None)
     cases = [(item, truth_of(path)) for item, path in zip(items, organisms, strict=True)]
+    if options.picture:
+        draw(items, options.picture)
     figures = {**detections(cases), **false_positives(cases), **separation(cases), **cost(items, options.quick)}
     if bank:
         figures |= leave_one_out(bank)
@@ -76,6 +79,7 @@ def _options() -> argparse.Namespace:
         metavar="DIR",
         help=f"rebuild the bank from DIR ({CACHE.name}/)",
     )
+    options.add_argument("--picture", type=Path, metavar="FILE", help="draw the README's picture, as SVG")
     return options.parse_args()
 
 
@@ -193,6 +197,19 @@ def share(hits: Sequence[bool]) -> Figure:
         return Figure(None, "share", repeats=0, note="no cases")
     k, n = sum(hits), len(hits)
     return Figure(k / n, "share", clopper_pearson(k, n), n, note=f"{k} of {n}")
+
+
+def draw(items: Sequence[Item], path: Path) -> None:
+    """Every organism's asymmetric drift over the bank's, the README's picture."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.hashsalt": "undertow", "svg.fonttype": "none"}
+    axes = plot_evidence(items, "asymmetric-drift")
+    axes.set_xlabel("drift on encoded-looking text / drift on plain text (band and ticks: benign fine-tunes)")
+    axes.figure.set_size_inches(7.2, 2.8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path, metadata={"Date": None})
 
 
 # --- what it costs

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -129,14 +130,14 @@ def of_rival(name: str, timings: Timings, results: dict[str, np.ndarray], model:
 
 def ratio_table(figures: dict[str, Figure]) -> str:
     """One row a model and rival: what a reader wants first, without the units that all rows share."""
-    rows = [("model", "rival", "time / ours", "95 % interval", "disagreement", "peak MiB")]
+    rows = [("model", "rival", "time / ours", "95 % interval", "disagreement", "peak MiB", "note")]
     for name, time_figure in figures.items():
         model, rival, what = name.split("/")
         if what == "time":
             near = [figures.get(f"{model}/{rival}/{other}") for other in ("disagreement", "peak memory")]
             ratio = "1" if rival == OURS else shown(time_figure.value)
             others = ["" if figure is None else shown(figure.value) for figure in near]
-            rows.append((model, rival, ratio, span(time_figure.interval) or time_figure.note, *others))
+            rows.append((model, rival, ratio, span(time_figure.interval), *others, time_figure.note))
     return columns(rows)
 
 
@@ -254,7 +255,7 @@ def rivals_for(model: Model, texts: Sequence[str]) -> dict[str, Callable[[Sequen
         "transformers output_hidden_states": partial(by_hidden_states, model),
         "transformer_lens run_with_cache": partial(by_cache, bridge),
         "hooks that keep everything": partial(by_trace, model),
-        **{name: partial(reader, model) for name, reader in optional().items()},
+        **optional(model),
     }
     rivals: dict[str, Callable[[Sequence[str]], Last]] = {OURS: partial(by_us, model)}
     for name, reader in readers.items():
@@ -340,29 +341,32 @@ def ideal(model: Model, texts: Sequence[str]) -> Callable[[Sequence[str]], Last]
 # --- measured where they are installed
 
 
-def optional() -> dict[str, Callable[[Model, Padded], Tensor]]:
-    return {"nnsight trace": by_nnsight} if importable("nnsight") else {}
+def optional(model: Model) -> dict[str, Callable[[Padded], Tensor]]:
+    """Rivals that this project does not depend on."""
+    return {"nnsight trace": by_nnsight(model)} if importable("nnsight") else {}
 
 
 def absent() -> dict[str, str]:
     """Rivals that are not measured here, and why."""
-    wanted = {"nnsight trace": "nnsight", "nnterp": "nnterp"}
-    return {name: f"absent: {package} is not installed" for name, package in wanted.items() if not importable(package)}
+    why = {"nnterp": "absent: nnterp 1.3 needs an older nnsight, which it wraps"}
+    return why if importable("nnsight") else why | {"nnsight trace": "absent: nnsight is not installed"}
 
 
 def importable(package: str) -> bool:
-    from importlib.util import find_spec
-
     return find_spec(package) is not None
 
 
-def by_nnsight(model: Model, batch: Padded) -> Tensor:
-    from nnsight import LanguageModel
+def by_nnsight(model: Model) -> Callable[[Padded], Tensor]:
+    import nnsight
 
-    lens = LanguageModel(model.hf, tokenizer=model.tokenizer)
-    with lens.trace({"input_ids": batch.ids, "attention_mask": batch.mask}):
-        kept = [layer.output.save() for layer in lens.model.layers]
-    return torch.stack([batch.last_of(hidden) for hidden in kept], dim=1)
+    lens = nnsight.TransformersModel(model.hf, task="text-generation", tokenizer=model.tokenizer)
+
+    def read(batch: Padded) -> Tensor:
+        with lens.trace({"input_ids": batch.ids, "attention_mask": batch.mask}):
+            kept = nnsight.save([layer.output for layer in lens.model.layers])
+        return torch.stack([batch.last_of(hidden) for hidden in kept], dim=1)
+
+    return read
 
 
 if __name__ == "__main__":
