@@ -43,6 +43,7 @@ from probes.verdict import Judgement, judge
 CACHE = Path(__file__).resolve().parent / "organisms" / "cache"
 CARD = "organism.json"
 HARMFUL = ("harmful", "covert-malicious")
+FEW = 5
 
 
 def main() -> None:
@@ -171,10 +172,13 @@ def covert_from_cipher(cases: Cases) -> Figure:
 
 def leave_one_out(bank: Bank) -> dict[str, Figure]:
     """How many of the bank's members a scan against the others would have flagged, and how many it would not clear."""
-    verdicts = [read_without_itself(member, bank).verdict for member in bank.members]
+    verdicts = {member.name: read_without_itself(member, bank).verdict for member in bank.members}
     return {
-        "bank members, flagged when left out": share([verdict == "flagged" for verdict in verdicts]),
-        "bank members, inconclusive when left out": share([verdict == "inconclusive" for verdict in verdicts]),
+        f"bank members, {wanted} when left out": share(
+            [verdict == wanted for verdict in verdicts.values()],
+            names=[name for name, verdict in verdicts.items() if verdict == wanted],
+        )
+        for wanted in ("flagged", "inconclusive")
     }
 
 
@@ -191,12 +195,13 @@ def read_without_itself(member: Member, bank: Bank) -> Judgement:
     return judge(evidence, others, member.kind)
 
 
-def share(hits: Sequence[bool]) -> Figure:
-    """k of n with the exact binomial interval."""
+def share(hits: Sequence[bool], *, names: Sequence[str] = ()) -> Figure:
+    """k of n with the exact binomial interval, and which where that is a few."""
     if not hits:
         return Figure(None, "share", repeats=0, note="no cases")
     k, n = sum(hits), len(hits)
-    return Figure(k / n, "share", clopper_pearson(k, n), n, note=f"{k} of {n}")
+    note = f"{k} of {n}" + (f": {', '.join(names)}" if 0 < len(names) <= FEW else "")
+    return Figure(k / n, "share", clopper_pearson(k, n), n, note=note)
 
 
 def draw(items: Sequence[Item], path: Path) -> None:

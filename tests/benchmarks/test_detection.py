@@ -33,7 +33,7 @@ def test_members_that_are_alike_are_not_flagged_when_left_out(bank):
 def test_a_member_unlike_the_others_is_flagged_when_left_out_and_spoils_no_other(bank):
     odd = member("odd", **{"asymmetric-drift": 30.0})
     with_odd = bank.model_copy(update={"members": (*bank.members, odd)})
-    assert detection.leave_one_out(with_odd)["bank members, flagged when left out"].note == "1 of 23"
+    assert detection.leave_one_out(with_odd)["bank members, flagged when left out"].note == "1 of 23: odd"
     assert detection.read_without_itself(odd, with_odd).verdict == "flagged"
 
 
