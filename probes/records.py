@@ -115,6 +115,7 @@ class Evidence(_Record):
         layers: The statistic's profile; the index is the layer.
         summary: One plain sentence for a reader who knows no interpretability.
         details: Further numbers, as JSON values.
+        exhibits: Labels and texts that a reader should see as they are, such as a decoded sample. Untrusted text.
         cause: What the evidence points to where it is exceeded.
         exceeded: Whether the statistic left the benign range.
         score: Suspicion in the unit that detectors share; higher is more suspicious.
@@ -127,6 +128,7 @@ class Evidence(_Record):
     layers: tuple[float, ...] = ()
     summary: Text
     details: JsonObject = Field(default_factory=dict)
+    exhibits: tuple[tuple[Text, Text], ...] = ()
     cause: Cause | None = None
     exceeded: bool = False
     score: float | None = None

@@ -98,7 +98,7 @@ def judge(evidence: Sequence[Evidence], bank: Bank | None, kind: Kind, *, notes:
     )
 
 
-ALL_CLEAR = "Every detector stayed within the range of the benign fine-tunes in the bank."
+ALL_CLEAR = "No detector left the range of the bank's benign fine-tunes by enough to matter."
 
 
 def against_bank(item: Evidence, members: Sequence[Member]) -> Evidence:
