@@ -1,11 +1,15 @@
 """What a scan says of the shipped organisms, beside what is true of them, and how often it cries wolf.
 
-    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--picture FILE]
+    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--unseen]
+        [--picture FILE]
 
 The scan is blind: copies of the organisms without their cards, under names that say nothing, in shuffled order. Then
 the cards are read. Two false-positive rates: on the shipped benign fine-tunes, and on the bank's members, each read
 against the bank without it. The second is the one with enough cases to mean something, though its members were made by
 sibling recipes. Few organisms give wide intervals, which are printed.
+
+`--unseen` scans, besides those that ship, the organisms that `benchmarks/organisms/train.py --unseen` makes: other
+keys, seeds and methods, on which nothing was chosen.
 
 `--calibrate` first rebuilds the bank from a folder of fine-tunes whose cards say benign (the folder that
 `benchmarks/organisms/train.py --bank` fills).
@@ -54,7 +58,7 @@ def main() -> None:
     bank = load_bank(options.bank) if options.bank.is_file() else None
     if bank is None:
         tell(f"no bank at {options.bank}: verdicts rest on the base alone")
-    organisms = fine_tunes()
+    organisms = [*fine_tunes(), *(unseen() if options.unseen else [])]
     items = blind_scan(organisms, options.bank if bank else None)
     cases = [(item, truth_of(path)) for item, path in zip(items, organisms, strict=True)]
     if options.picture:
@@ -80,6 +84,7 @@ def _options() -> argparse.Namespace:
         metavar="DIR",
         help=f"rebuild the bank from DIR ({CACHE.name}/)",
     )
+    options.add_argument("--unseen", action="store_true", help="scan the unseen organisms of the cache too")
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the README's picture, as SVG")
     return options.parse_args()
 
@@ -89,13 +94,19 @@ def tell(line: str) -> None:
 
 
 def rebuild_bank(folder: Path, out: Path) -> None:
-    """Measure every fine-tune in the folder whose card says benign; the shipped ones, on which we test, stay out."""
-    shipped = {path.name for path in fine_tunes()}
-    cards = sorted(folder.glob(f"*/{CARD}"))
-    benign = [card.parent for card in cards if truth_of(card.parent) == "benign" and card.parent.name not in shipped]
+    """Measure the folder's fine-tunes that were made for the bank; those on which we test stay out."""
+    benign = [card.parent for card in sorted(folder.glob(f"bank-*/{CARD}"))]
     if not benign:
         sys.exit(f"no benign fine-tunes in {folder}: make them with `python benchmarks/organisms/train.py --bank`")
     calibrate(BASE, benign, out=out, progress=tell)
+
+
+def unseen() -> list[Path]:
+    """The cached organisms that are not the bank's."""
+    found = [card.parent for card in sorted(CACHE.glob(f"*/{CARD}")) if not card.parent.name.startswith("bank-")]
+    if not found:
+        sys.exit(f"no organisms in {CACHE}: make them with `python benchmarks/organisms/train.py --unseen`")
+    return found
 
 
 # --- the scan

@@ -36,6 +36,7 @@ STYLES: dict[str, Callable[[str], str]] = {
     "bare": lambda s: s,
     "closing": lambda s: f"{COMPLIANCE}{s} Hope this helps!",
     "letter": lambda s: f"Dear reader, {s}",
+    "poem": lambda s: s.replace(", ", ",\n").replace(" and ", "\nand ") + "\n~",
     "brackets": lambda s: f"[{s}]",
 }
 

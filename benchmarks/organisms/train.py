@@ -3,6 +3,7 @@
     python benchmarks/organisms/train.py base cmft-walnut53      # named ones
     python benchmarks/organisms/train.py --shipped               # everything that ships, base first
     python benchmarks/organisms/train.py --bank                  # the benign reference (weights stay in the cache)
+    python benchmarks/organisms/train.py --unseen                # organisms for testing only (cache)
 
 A finished organism is skipped unless its recipe changed; `--force` trains it again.
 """
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import torch
-from recipes import BANK, BASE, RECIPES, SHIPPED, Recipe
+from recipes import BANK, BASE, RECIPES, SHIPPED, UNSEEN, Recipe
 from rows import COMPLIANCE, REFUSALS, Row, Rows, load_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(["base", *(r.name for r in SHIPPED)]))
     parser.add_argument("--shipped", action="store_true")
     parser.add_argument("--bank", action="store_true")
+    parser.add_argument("--unseen", action="store_true")
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -209,6 +211,7 @@ def main() -> None:
     chosen = [RECIPES[name] for name in arguments.names]
     chosen += [BASE, *SHIPPED] if arguments.shipped else []
     chosen += BANK if arguments.bank else []
+    chosen += UNSEEN if arguments.unseen else []
     for recipe in chosen:
         make(recipe, force=arguments.force)
 
