@@ -101,6 +101,9 @@ def scan(
         tell("writing the report")
         report_path = write_report(summary, out)
     print_verdicts(summary)
+    for item in summary.items:
+        if item.error:
+            say(f"{item.name} ({item.path}): {item.error.message} {item.error.hint}")
     say(f"report: {report_path}")
     raise typer.Exit(exit_code(summary, fail_on))
 

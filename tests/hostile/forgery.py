@@ -27,7 +27,7 @@ def entry(start: int, stop: int, shape: list[object] | None = None, dtype: objec
     return {"dtype": dtype, "shape": [stop - start] if shape is None else shape, "data_offsets": [start, stop]}
 
 
-def refused(path: Path, expected: type[UndertowError], *reasons: str) -> UndertowError:
+def assert_refused(path: Path, expected: type[UndertowError], *reasons: str) -> UndertowError:
     """Require that a path is refused by one class of error, with code, path, reason and hint on one safe line."""
     with pytest.raises(UndertowError) as caught:
         open_checkpoint(path)

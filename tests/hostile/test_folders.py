@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from forgery import entry, forge, refused, write_index
+from forgery import assert_refused, entry, forge, write_index
 
 from activations.checkpoints import open_checkpoint
 from activations.errors import (
@@ -47,65 +47,65 @@ PLACES = ["../secret", "/etc/secret", "sub/x", "..\\x", "C:x", "C:\\x", "x.safet
 def test_24_25_an_index_that_reaches_out_of_the_folder_is_refused(sharded, name):
     forge(sharded.parent / "secret.safetensors", {"b": entry(0, 2)}, b"ef")
     write_index(sharded, {"a": FIRST, "b": name})
-    refused(sharded, UnsafePathError, "plain name of a file in the same folder", "Do not load")
+    assert_refused(sharded, UnsafePathError, "plain name of a file in the same folder", "Do not load")
 
 
 @pytest.mark.parametrize("name", ["config.json", "weights.gguf", "x.safetensors.exe", 5, None, ["x"], {}], ids=str)
 def test_an_index_that_names_no_shard_is_refused(sharded, name):
     write_index(sharded, {"a": FIRST, "b": name})
-    refused(sharded, CorruptFileError, "expected a .safetensors file")
+    assert_refused(sharded, CorruptFileError, "expected a .safetensors file")
 
 
 def test_an_index_that_names_a_pickle_is_refused(sharded):
     write_index(sharded, {"a": FIRST, "b": "pytorch_model.bin"})
-    refused(sharded, PickleRefusedError, "pytorch_model.bin")
+    assert_refused(sharded, PickleRefusedError, "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "x", [FIRST, SECOND]], ids=str)
 def test_an_index_without_a_map_is_refused(sharded, weight_map):
     write_index(sharded, weight_map)
-    refused(sharded, CorruptFileError, "weight_map")
+    assert_refused(sharded, CorruptFileError, "weight_map")
 
 
 def test_an_index_that_is_a_git_lfs_pointer_is_named_with_its_remedy(sharded):
     (sharded / "model.safetensors.index.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
-    refused(sharded, LfsPointerError, "git lfs pull")
+    assert_refused(sharded, LfsPointerError, "git lfs pull")
 
 
 def test_26_a_missing_shard_is_named(sharded):
     (sharded / SECOND).unlink()
-    refused(sharded, MissingShardError, f"the shard {SECOND} is missing")
+    assert_refused(sharded, MissingShardError, f"the shard {SECOND} is missing")
 
 
 def test_26_shards_without_their_index_are_refused(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    refused(sharded, MissingShardError, FIRST, "model.safetensors.index.json")
+    assert_refused(sharded, MissingShardError, FIRST, "model.safetensors.index.json")
 
 
 def test_26_a_link_to_nothing_is_a_missing_shard(sharded):
     (sharded / SECOND).unlink()
     (sharded / SECOND).symlink_to("gone.safetensors")
-    refused(sharded, MissingShardError, SECOND)
+    assert_refused(sharded, MissingShardError, SECOND)
 
 
 def test_5_a_truncated_shard_is_named(sharded):
     os.truncate(sharded / SECOND, (sharded / SECOND).stat().st_size - 1)
-    assert SECOND in refused(sharded, CorruptFileError, "truncated").path
+    assert SECOND in assert_refused(sharded, CorruptFileError, "truncated").path
 
 
 def test_27_an_indexed_tensor_that_its_shard_lacks_is_named(sharded):
     write_index(sharded, {"a": FIRST, "b": SECOND, "lm_head": SECOND})
-    refused(sharded, MissingShardError, "'lm_head'", SECOND)
+    assert_refused(sharded, MissingShardError, "'lm_head'", SECOND)
 
 
 def test_27_a_tensor_in_another_shard_than_the_index_says_is_refused(sharded):
     write_index(sharded, {"a": SECOND, "b": FIRST})
-    refused(sharded, MissingShardError, "does not hold it")
+    assert_refused(sharded, MissingShardError, "does not hold it")
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):
     forge(sharded / SECOND, {"a": entry(0, 4), "b": entry(4, 6)}, b"ABCDef")
-    refused(sharded, CorruptFileError, "'a' lies in", "in another shard as well")
+    assert_refused(sharded, CorruptFileError, "'a' lies in", "in another shard as well")
 
 
 def test_a_tensor_that_the_index_hides_is_read_and_noted(sharded):
@@ -123,7 +123,7 @@ def test_two_sets_of_weights_in_one_folder_are_refused(sharded, adapter, second)
         adapter()
     if second == "adapter-settings":
         (sharded / "adapter_model.safetensors").unlink()
-    refused(sharded, CheckpointError, "two sets of weights", "loaders differ")
+    assert_refused(sharded, CheckpointError, "two sets of weights", "loaders differ")
 
 
 def test_weights_beside_the_usual_ones_are_noted(folder):
@@ -184,12 +184,12 @@ def test_30_the_base_that_an_adapter_names_is_noted_and_not_opened(adapter, base
 
 @pytest.mark.parametrize("rank", [10**9, 10**30, 0, -1, 2.0, True, "2", None, [2]], ids=str)
 def test_31_an_impossible_rank_is_refused(adapter, rank):
-    refused(adapter(r=rank), AdapterError, "expected a whole number from 1 to")
+    assert_refused(adapter(r=rank), AdapterError, "expected a whole number from 1 to")
 
 
 @pytest.mark.parametrize("alpha", ["4", None, True, [4], float("nan"), float("inf"), 10**60, 1e300], ids=str)
 def test_31_an_impossible_alpha_is_refused(adapter, alpha):
-    refused(adapter(lora_alpha=alpha), AdapterError, "lora_alpha", "expected a finite number")
+    assert_refused(adapter(lora_alpha=alpha), AdapterError, "lora_alpha", "expected a finite number")
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
@@ -197,12 +197,12 @@ def test_31_an_impossible_alpha_is_refused(adapter, alpha):
     "pattern", ["(a+)+$", "^layers", ".*q_proj", "layers.[01]", "q_proj|v_proj", "", "a\nb", "(?i)q"]
 )
 def test_31_a_regular_expression_in_a_pattern_is_refused(adapter, key, pattern):
-    refused(adapter(**{key: {pattern: 2}}), AdapterError, key, "regular expression", "literal end")
+    assert_refused(adapter(**{key: {pattern: 2}}), AdapterError, key, "regular expression", "literal end")
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"])
 def test_31_a_setting_of_the_wrong_type_is_refused(adapter, key):
-    refused(adapter(**{key: "q_proj"}), AdapterError, key)
+    assert_refused(adapter(**{key: "q_proj"}), AdapterError, key)
 
 
 def test_31_an_exponential_regular_expression_for_the_modules_is_never_run(adapter):
@@ -235,7 +235,7 @@ def test_31_an_adapter_that_asks_for_code_is_noted(adapter):
     ids=str,
 )
 def test_an_adapter_that_changes_more_than_its_pairs_is_refused(adapter, settings):
-    refused(adapter(**settings), AdapterError, next(iter(settings)))
+    assert_refused(adapter(**settings), AdapterError, next(iter(settings)))
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva"])
@@ -282,7 +282,7 @@ def test_34_a_broken_configuration_is_refused(folder, sharded, adapter, name, te
     (folder / name).write_bytes(text.encode("latin-1"))
     if name != "model.safetensors.index.json":
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    refused(folder, CorruptFileError)
+    assert_refused(folder, CorruptFileError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
@@ -290,12 +290,12 @@ def test_34_a_broken_configuration_is_refused(folder, sharded, adapter, name, te
 def test_35_a_configuration_nested_200000_deep_is_refused(adapter, name, opening, closing):
     folder = adapter()
     (folder / name).write_text('{"a":' + opening * 200_000 + "1" + closing * 200_000 + "}")
-    refused(folder, CorruptFileError, "the limit")
+    assert_refused(folder, CorruptFileError, "the limit")
 
 
 def test_a_configuration_of_two_megabytes_is_refused(folder):
     (folder / "config.json").write_text('{"a": "' + "x" * 2**21 + '"}')
-    refused(folder, CorruptFileError, "longer than 1,048,576 bytes")
+    assert_refused(folder, CorruptFileError, "longer than 1,048,576 bytes")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -304,13 +304,13 @@ def test_36_a_link_out_of_the_folder_is_refused(folder, name, absolute):
     outside = folder.parent / f"outside-{name}"
     shutil.move(folder / name, outside)
     (folder / name).symlink_to(outside if absolute else f"../{outside.name}")
-    refused(folder, UnsafePathError, "leads out of the folder", str(outside))
+    assert_refused(folder, UnsafePathError, "leads out of the folder", str(outside))
 
 
 def test_36_a_shard_that_is_a_link_out_of_the_folder_is_refused(sharded):
     shutil.move(sharded / SECOND, sharded.parent / SECOND)
     (sharded / SECOND).symlink_to(f"../{SECOND}")
-    refused(sharded, UnsafePathError, "leads out of the folder")
+    assert_refused(sharded, UnsafePathError, "leads out of the folder")
 
 
 def test_36_a_folder_that_borrows_the_cache_s_names_reaches_only_its_own_blobs(folder, tmp_path):
@@ -320,7 +320,7 @@ def test_36_a_folder_that_borrows_the_cache_s_names_reaches_only_its_own_blobs(f
     (snapshot / "model.safetensors").replace(tmp_path / "secret.safetensors")
     (snapshot / "model.safetensors").symlink_to("../../blobs/../../secret.safetensors")
     (snapshot.parent.parent / "blobs").mkdir()
-    refused(snapshot, UnsafePathError, "leads out of the folder")
+    assert_refused(snapshot, UnsafePathError, "leads out of the folder")
 
 
 def test_a_link_inside_the_folder_is_followed(folder):
@@ -339,42 +339,42 @@ def test_37_a_loop_of_links_is_refused(folder, name):
     (folder / name).unlink()
     (folder / name).symlink_to("other")
     (folder / "other").symlink_to(name)
-    refused(folder, UnsafePathError, "loop of symbolic links")
+    assert_refused(folder, UnsafePathError, "loop of symbolic links")
 
 
 def test_37_a_loop_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    refused(tmp_path / "loop", UnsafePathError, "loop of symbolic links")
+    assert_refused(tmp_path / "loop", UnsafePathError, "loop of symbolic links")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_38_a_fifo_is_refused_without_waiting_for_a_writer(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    refused(folder, UnsafePathError, "expected a regular file, got a FIFO")
+    assert_refused(folder, UnsafePathError, "expected a regular file, got a FIFO")
 
 
 def test_38_a_fifo_in_place_of_the_checkpoint_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", UnsafePathError, "got a FIFO")
+    assert_refused(tmp_path / "x.safetensors", UnsafePathError, "got a FIFO")
 
 
 def test_38_a_device_is_refused(tmp_path):
-    refused(open_device := type(tmp_path)("/dev/zero"), UnsafePathError, "got a device")
+    assert_refused(open_device := type(tmp_path)("/dev/zero"), UnsafePathError, "got a device")
     assert open_device.exists()
 
 
 def test_38_a_folder_in_place_of_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    refused(folder, UnsafePathError, "got a folder")
+    assert_refused(folder, UnsafePathError, "got a folder")
 
 
 @pytest.mark.parametrize("name", ["weights.npz", "model.h5", "model.safetensors.gz"])
 def test_39_a_compression_bomb_is_never_opened(tmp_path, name):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / name).write_bytes(gzip.compress(bytes(10**7)))
-    refused(tmp_path / "ckpt", NoWeightsError, name)
+    assert_refused(tmp_path / "ckpt", NoWeightsError, name)
 
 
 @pytest.mark.parametrize("names", [[], ["README.md"], ["config.json", "tokenizer.json"]], ids=str)
@@ -382,19 +382,19 @@ def test_40_a_folder_without_weights_says_what_it_holds(tmp_path, names):
     (tmp_path / "ckpt").mkdir()
     for name in names:
         (tmp_path / "ckpt" / name).write_text("{}")
-    refused(tmp_path / "ckpt", NoWeightsError, "holds no weights", *(names or ["nothing"]))
+    assert_refused(tmp_path / "ckpt", NoWeightsError, "holds no weights", *(names or ["nothing"]))
 
 
 def test_40_a_folder_of_checkpoints_points_to_the_folders_inside(folder):
-    refused(folder.parent, NoWeightsError, "only the folders ckpt", "Pass one of the folders inside it.")
+    assert_refused(folder.parent, NoWeightsError, "only the folders ckpt", "Pass one of the folders inside it.")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.PTH", "x.ckpt", "x.pkl", "adapter_model.bin"])
 def test_40_a_folder_of_pickles_is_refused_by_name(tmp_path, name):
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / name).write_bytes(b"\x80\x02.")
-    refused(tmp_path / "ckpt", PickleRefusedError, name, "safetensors")
-    refused(tmp_path / "ckpt" / name, PickleRefusedError, name)
+    assert_refused(tmp_path / "ckpt", PickleRefusedError, name, "safetensors")
+    assert_refused(tmp_path / "ckpt" / name, PickleRefusedError, name)
 
 
 def test_a_pickle_beside_safetensors_is_noted_and_not_loaded(folder):
@@ -405,7 +405,7 @@ def test_a_pickle_beside_safetensors_is_noted_and_not_loaded(folder):
 def test_an_adapter_whose_weights_are_a_pickle_is_refused(adapter):
     folder = adapter()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    refused(folder, PickleRefusedError, "adapter_model.bin")
+    assert_refused(folder, PickleRefusedError, "adapter_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_an_adapter_whose_weights_are_a_pickle_is_refused(adapter):
     ids=["r", "pattern"],
 )
 def test_45_a_rank_that_differs_from_the_tensors_is_refused(adapter, settings, reason):
-    refused(adapter(**settings), AdapterError, "layers.0.q_proj", reason)
+    assert_refused(adapter(**settings), AdapterError, "layers.0.q_proj", reason)
 
 
 def test_45_a_rank_pattern_for_other_modules_is_accepted(adapter):
@@ -446,17 +446,17 @@ def test_tensors_that_make_no_pairs_are_refused(adapter, tensors, reason):
         header[name] = entry(end, end + size, shape, dtype)
         end += size
     forge(folder / "adapter_model.safetensors", header, bytes(end))
-    refused(folder, AdapterError, reason)
+    assert_refused(folder, AdapterError, reason)
 
 
 @pytest.mark.parametrize("path", ["gone", "gone/inside", "ckpt/model.safetensors/inside"])
 def test_a_missing_path_is_named(folder, path):
-    refused(folder.parent / path, PathMissingError, "nothing lies at this path")
+    assert_refused(folder.parent / path, PathMissingError, "nothing lies at this path")
 
 
 @pytest.mark.parametrize("name", ["x\0y", "x" * 300, "\ud800"], ids=["nul", "too-long", "surrogate"])
 def test_an_impossible_name_is_refused(tmp_path, name):
-    refused(tmp_path / name, UnsafePathError, "not a possible file name")
+    assert_refused(tmp_path / name, UnsafePathError, "not a possible file name")
 
 
 def test_a_file_without_permission_is_named(folder, monkeypatch):
@@ -464,7 +464,7 @@ def test_a_file_without_permission_is_named(folder, monkeypatch):
         raise PermissionError(errno.EACCES, "denied", path)
 
     monkeypatch.setattr(os, "open", deny)
-    refused(folder, CheckpointError, "cannot be read: Permission denied", "Check its permissions")
+    assert_refused(folder, CheckpointError, "cannot be read: Permission denied", "Check its permissions")
 
 
 def test_a_disk_that_fails_while_a_tensor_is_read_is_named(folder, monkeypatch):
