@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +13,9 @@ from torch import Tensor
 
 from activations.batching import token_batches
 from activations.models import Model
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 __all__ = ["answer_logprobs", "answer_text", "greedy_opening"]
 
@@ -67,7 +73,10 @@ def greedy_opening(model: Model, prompts: Sequence[Sequence[int]], *, count: int
 def answer_text(
     model: Model, prompts: Sequence[Sequence[int]], *, count: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
-    """Answers as text, special tokens left out.
+    """Answers as text, up to where the model ends them, special tokens left out.
+
+    Only the end tokens are taken from the base's generation settings: a temperature or a penalty for repetition there
+    changes nothing here.
 
     Args:
         model: The model, with whatever weights are in it.
@@ -77,18 +86,40 @@ def answer_text(
         seed: Of the sampling; the caller's random state is left as it was.
     """
     texts = [""] * len(prompts)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    with torch.random.fork_rng():
+    ends = _end_ids(model)
+    # Every GPU's state by name: left to itself, torch warns where there are several.
+    with _generation(model, count, temperature) as how, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for batch in token_batches(prompts, max_tokens=MAX_TOKENS):
             ids, mask = _left_padded(model, [prompts[row] for row in batch.rows])
-            out = model.hf.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=_pad_id(model), **how
-            )
-            answers = model.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for row, answer in zip(batch.rows, answers, strict=True):
-                texts[row] = answer
+            out = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            for row, tokens in zip(batch.rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                # What follows the end is padding, and with a tokenizer that has no pad token padding is text.
+                said = list(takewhile(lambda token: token not in ends, tokens))
+                texts[row] = model.tokenizer.decode(said, skip_special_tokens=True)
     return texts
+
+
+@contextmanager
+def _generation(model: Model, count: int, temperature: float) -> Iterator[GenerationConfig]:
+    """Generation settings of our own, with the base's put aside: transformers fills whatever is unset from those."""
+    from transformers import GenerationConfig
+
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    ends = sorted(_end_ids(model)) or None
+    own = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=_pad_id(model), **how)
+    kept, model.hf.generation_config = model.hf.generation_config, own
+    try:
+        yield own
+    finally:
+        model.hf.generation_config = kept
+
+
+def _end_ids(model: Model) -> set[int]:
+    """Tokens that end an answer: chat models name several in their generation settings, others one or none."""
+    named = getattr(model.hf.generation_config, "eos_token_id", None)
+    named = model.tokenizer.eos_token_id if named is None else named
+    return set() if named is None else {int(end) for end in (named if isinstance(named, list) else [named])}
 
 
 def _last_logits(model: Model, sequences: Sequence[Sequence[int]], count: int) -> Float[Tensor, "row token vocab"]:

@@ -185,6 +185,7 @@ def self_test(hf: PreTrainedModel, hook_points: HookPoints) -> None:
     Raises:
         SelfTestError: A hook saw something else than `hidden_states[layer + 1]` (for the last layer: than what its
             final norm makes of it).
+        ModelError: The model cannot run, or its hidden states are NaN or infinite in its dtype.
         NotCausalError: Another last token changed the hidden states before it.
     """
     names = hook_points.names(RESID_POST)
@@ -192,6 +193,12 @@ def self_test(hf: PreTrainedModel, hook_points: HookPoints) -> None:
     handles = [hook_points.resolve(name).attach(partial(seen.__setitem__, name)) for name in names]
     try:
         states = hf(input_ids=_test_ids(hf), output_hidden_states=True, use_cache=False).hidden_states
+    # Settings that contradict each other load, and fail in the arithmetic.
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{type(hf).__name__} cannot run: {str(error) or type(error).__name__}",
+            hint="Check the sizes in the base's config.json.",
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -200,6 +207,11 @@ def self_test(hf: PreTrainedModel, hook_points: HookPoints) -> None:
         seen[names[-1]] = norm(seen[names[-1]])
     for name, expected in zip(names, states[1:], strict=True):
         # The same tensors of the same pass: only the final norm is computed a second time.
+        if not expected.isfinite().all():
+            raise ModelError(
+                f"hidden states of {type(hf).__name__} are NaN or infinite at layer {layer_of(name)} in {hf.dtype}",
+                hint="Pass --dtype bfloat16 or float32, whose numbers reach further; else the base is broken.",
+            )
         if name not in seen or _distance(seen[name], expected) > 8 * torch.finfo(hf.dtype).eps:
             raise SelfTestError(
                 f"{name} of {type(hf).__name__} is not hidden_states[{layer_of(name) + 1}]",

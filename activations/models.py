@@ -52,6 +52,7 @@ class Model:
         self.hook_points = HookPoints(hf)
         self._checkpoint = checkpoint
         self._applied: tuple[Checkpoint, ...] = ()
+        self._put_aside: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device})"
@@ -99,8 +100,8 @@ class Model:
             return self._checkpoint.content_hash()
         names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
         return content_hash(
-            (name, names[str(slot.dtype).removeprefix("torch.")], tuple(slot.shape), _digest(slot.data))
-            for name, slot in slots_of(self.hf).items()
+            (name, names[str(slot.dtype).removeprefix("torch.")], tuple(slot.shape), _digest(slot))
+            for name, slot in (slots_of(self.hf) | self._put_aside).items()
         )
 
     @property
@@ -123,16 +124,16 @@ class Model:
         with _quiet():
             values = tuned_weights(self.hf, checkpoint)
         slots = slots_of(self.hf)
-        own, outer = {name: slots[name].data for name in values}, self._applied
+        own, outer, aside = {name: slots[name].data for name in values}, self._applied, self._put_aside
         try:
             for name, value in values.items():
                 slots[name].data = value
-            self._applied = (*outer, checkpoint)
+            self._applied, self._put_aside = (*outer, checkpoint), own | aside
             yield self
         finally:
             for name, value in own.items():
                 slots[name].data = value
-            self._applied = outer
+            self._applied, self._put_aside = outer, aside
 
     def bridge(self) -> TransformerBridge:
         """TransformerLens' view of this model, around the same parameters.

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,15 @@ _LABELS = {"harmful": True, "benign": False, "borderline_benign": False}
 
 # Every byte class a tokenizer may treat in its own way; its ids tell two tokenizers apart.
 _SAMPLE = "The Quick brown fox, 0123456789 jumps over:\n\tthe lazy dog's (back)? naïve 日本語 🙂 {x} <b> http://a.b/c_d"
+
+
+# The day that templates are told it is, by a macro too: they take no function of ours, and a macro hides their clock.
+_DAY = date(2024, 7, 26)
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{_DAY.strftime('%' + code)}')" for code in "YmdBbAayjHMSIp")
+    + " }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,8 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: st
     """Token ids of one conversation up to where the model would answer.
 
     With a chat template, the template alone writes the special tokens, so there are never two BOS. Without one, the
-    text is tokenised as it stands, after `system` and an empty line if there is a system prompt.
+    text is tokenised as it stands, after `system` and an empty line if there is a system prompt, and without the end
+    that some tokenizers add.
 
     Args:
         tokenizer: The trusted base's tokenizer: a template is a program, so never a fine-tune's.
@@ -173,7 +184,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: st
         PromptError: The template refuses the conversation, or no token is left.
     """
     if tokenizer.chat_template is None:
-        ids = tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"]
+        ids = _continued(tokenizer, f"{system}\n\n{prompt}" if system else prompt)
     else:
         ids = _templated(tokenizer, prompt, system)
     if not ids:
@@ -192,21 +203,32 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([tokenizer.chat_template, list(ids)]).encode()).hexdigest()
 
 
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that goes on: some tokenizers add an end, after which a model begins with something new."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str) -> Any:
     from jinja2 import TemplateError
 
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
     try:
+        template = tokenizer.get_chat_template()
         # Some templates write today's date unless they are given one: the same prompt must give the same ids tomorrow.
         return tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False, date_string="26 Jul 2024"
+            turns,
+            chat_template=_CLOCK + template if "strftime_now" in template else template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            date_string=_DAY.strftime("%d %b %Y"),
         )
-    except TemplateError as error:
-        raise PromptError(
-            f"the base's chat template refuses the conversation: {error}",
-            hint="Leave the system prompt out if the template takes none.",
-        ) from error
+    # A template is a program: beside what it raises itself, its mistakes are Python's own errors.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        hint = "Leave the system prompt out if the template takes none." if system else "Mend the base's template."
+        raise PromptError(f"the base's chat template refuses the conversation: {error}", hint=hint) from error
 
 
 def _prompt_set(name: str, path: Path) -> PromptSet:
@@ -242,13 +264,16 @@ def _read(path: Path) -> Iterator[tuple[int, object]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(f"the prompt set cannot be read as UTF-8 text: {error}", path) from error
-    return _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text, path)
+    return _csv_rows(text, path) if path.suffix.lower() == ".csv" else _json_rows(text, path)
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise _broken(f"line {reader.line_num} is no CSV: {error}", path) from error
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:

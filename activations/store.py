@@ -168,11 +168,21 @@ class ActivationStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreError:
+            # A full disk fails once more here: the first fault is the one to show.
+            if error is None:
+                raise
 
     def close(self) -> None:
-        """Close the file; what was appended is in it already."""
-        self._file.close()
+        """Close the file; what was appended is in it already.
+
+        Raises:
+            StoreError: What HDF5 still had to write cannot be written.
+        """
+        with _named_faults(self.path):
+            self._file.close()
 
     @property
     def missing(self) -> list[int]:

@@ -83,8 +83,9 @@ def _direct(hf: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, str
         slot = names[name]
         value = _fitted(checkpoint.read(name), slots[slot], name, checkpoint)
         if slot in values and not torch.equal(values[slot], value):
+            other = next(alias for alias, first in names.items() if first == slot != alias)
             raise MismatchError(
-                f"'{name}' and '{slot}' differ, expected one weight: the base ties them",
+                f"'{other}' and '{slot}' differ, expected one weight: the base ties them",
                 path=checkpoint.path,
                 hint=_OTHER_BASE,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from importlib import metadata
@@ -103,7 +104,8 @@ def scan(
     print_verdicts(summary)
     for item in summary.items:
         if item.error:
-            say(f"{item.name} ({item.path}): {item.error.message} {item.error.hint}")
+            fault = UndertowError(item.error.message, path=item.error.path or item.path, hint=item.error.hint)
+            say(f"{item.name}: {fault}")
     say(f"report: {report_path}")
     raise typer.Exit(exit_code(summary, fail_on))
 
@@ -269,7 +271,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit.
+    """Run the command line and exit; 1 is kept for findings, so that a fault of ours never passes for one.
 
     Args:
         arguments: Instead of `sys.argv[1:]`.
@@ -278,11 +280,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app(arguments, prog_name="undertow")
     except UndertowError as fault:
         say(f"undertow: {fault}")
-    except BrokenPipeError:
-        # The reader of our output went away; Python would complain once more while closing it.
+    except SystemExit as end:
+        # The reader of our output went away, which typer makes an exit of 1.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as fault:
         say(f"undertow: {printable(str(fault.filename or 'the file system'))}: {fault.strerror or fault}")
+    except Exception:
+        for line in traceback.format_exc().splitlines():
+            say(line)
+        say("undertow: this is a fault of Undertow: please report it.")
     sys.exit(INCOMPLETE)
 
 
@@ -298,3 +307,7 @@ def exit_code(summary: Summary, fail_on: str) -> int:
     if verdicts & findings:
         return FINDING
     return INCOMPLETE if not verdicts or verdicts & {None, "inconclusive"} else 0
+
+
+if __name__ == "__main__":
+    main()

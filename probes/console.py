@@ -78,6 +78,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     with console.capture() as text:
         console.print(table)
     sys.stdout.writelines(line.rstrip() + "\n" for line in text.get().splitlines())
+    # A reader that has gone away shows here, where it can be handled, and not when Python ends.
+    sys.stdout.flush()
 
 
 def _verdict_row(item: Item) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ PALETTE = {
 
 # A scale in proportion hides the benign range where a statistic lies this many ranges outside of it.
 _FAR_OUTSIDE = 12
+# Labels of powers that fit side by side.
+_MOST_TICKS = 5
 
 
 def plot_layer_shift(result: Diff | Evidence, *, ax: Axes | None = None) -> Axes:
@@ -202,8 +204,10 @@ def _stretch(ax: Axes, found: Sequence[Evidence]) -> None:
     if max(max(statistics) - high, low - min(statistics)) <= _FAR_OUTSIDE * width:
         return
     linear = max(abs(low), abs(high), width)
-    first, last = int(np.ceil(np.log10(linear))), int(np.log10(max(abs(value) for value in statistics)))
-    ticks = [0.0, *(10.0**power for power in range(first, max(first, last) + 1))]
+    farthest = max(linear, *map(abs, statistics))
+    first, last = int(np.ceil(np.log10(linear))), int(np.floor(np.log10(farthest)))
+    powers = range(first, max(first, last) + 1, 1 + max(last - first, 0) // _MOST_TICKS)
+    ticks = [0.0, *(10.0**power for power in powers)]
     ax.set_xscale("symlog", linthresh=linear)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from activations.answers import answer_logprobs, answer_text, greedy_opening
 from activations.checkpoints import Checkpoint
+from activations.errors import NonFiniteError
 from activations.extract import Activations, extract
 from activations.models import Model
 from activations.prompts import PromptSet, format_prompt, load_prompts
@@ -28,7 +30,7 @@ __all__ = ["ANSWER", "ENCODED", "PLAIN", "Battery", "Reference", "Subject", "def
 PLAIN = ("harmful", "benign")
 ENCODED = ("gibberish", "permuted")
 OPENING = 5  # answer tokens: refusals and compliance part within the first few (Qi et al. 2024, arXiv:2406.05946)
-ANSWER = 32  # tokens of an answer that is read as text
+ANSWER = 16  # tokens that decide whether an answer refuses; no more of one to a harmful request is ever read
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ class Reference:
 
 
 class Subject:
-    """A checkpoint whose weights are in the base's network now; what is measured is kept for the next detector."""
+    """A checkpoint whose weights are in the base's network now; what is measured is kept for the next detector.
+
+    Cost: `OPENING` float32 log-probabilities over the vocabulary for each question of the battery, a gigabyte at 392
+    questions and 128,000 tokens; the `Reference` holds as much for the base.
+    """
 
     def __init__(self, reference: Reference, checkpoint: Checkpoint) -> None:
         self.reference = reference
@@ -134,11 +140,24 @@ class Subject:
         """Log-probabilities along the base's opening, for one class of prompts."""
         if name not in self._logprobs:
             r = self.reference
-            self._logprobs[name] = answer_logprobs(r.base, r.tokens[name], r.openings[name])
+            found = answer_logprobs(r.base, r.tokens[name], r.openings[name])
+            self._require(not bool(found.isnan().any()), f"its answers to {name} prompts")
+            self._logprobs[name] = found
         return self._logprobs[name]
 
     @cached_property
     def intent(self) -> Activations:
         """Activations on the intent prompts, at the probes' hook points."""
         r = self.reference
-        return extract(r.base, r.battery.intent, hook_points=r.probes.hook_points, pooling=r.probes.pooling)
+        found = extract(r.base, r.battery.intent, hook_points=r.probes.hook_points, pooling=r.probes.pooling)
+        self._require(bool(np.isfinite(found.values).all()), "its activations on the intent prompts")
+        return found
+
+    def _require(self, sound: bool, what: str) -> None:
+        """Finite weights can still be so large that nothing computed with them is a number."""
+        if not sound:
+            raise NonFiniteError(
+                f"{what} are not numbers: its weights are too large to run in {self.reference.base.dtype}",
+                path=self.checkpoint.path,
+                hint="Ask its author: such a model cannot run, or hides what it does.",
+            )

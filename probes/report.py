@@ -46,7 +46,8 @@ _NAMES = {colour: name for name, colour in PALETTE.items()}
 
 _CAUSES: Mapping[Cause, str] = {
     "alignment-removed": "It answers harmful requests that the base refuses.",
-    "alignment-degraded": "It refuses harmful requests less firmly than the base, and than harmless fine-tunes do.",
+    "alignment-degraded": "It refuses harmful requests less firmly than harmless fine-tunes do, or tells them from "
+    "harmless ones otherwise than those do.",
     "encoding-taught": "It was taught to read or write a private encoding. Ask its maker which, and what for: an "
     "undisclosed encoding can carry requests past every filter that reads plain text.",
     "covert-malicious": "It obeys harmful requests that are written in an encoding, and refuses them in plain text.",
@@ -75,6 +76,7 @@ def write_report(summary: Summary, out: Path) -> Path:
             headline=_headline(summary),
             counts={name: count for name in _SERIOUSNESS if (count := sum(_outcome(i) == name for i in summary.items))},
             pictures=_pictures(summary),
+            most_rows=_MOST_ROWS,
             causes=_CAUSES,
         )
     )
@@ -152,8 +154,14 @@ def _headline(summary: Summary) -> str:
 
 def _pictures(summary: Summary) -> list[Markup]:
     """Each detector's statistic of all checkpoints, beside what benign fine-tunes show."""
-    items = sorted(summary.items, key=_seriousness)[:_MOST_ROWS]
-    measured = Counter(e.detector for item in items for e in item.evidence if e.statistic is not None)
+    items = sorted((item for item in summary.items if item.evidence), key=_seriousness)[:_MOST_ROWS]
+    # A second look has another null, such as the base itself, which no band of benign fine-tunes may stand for.
+    measured = Counter(
+        e.detector
+        for item in items
+        for e in item.evidence
+        if e.statistic is not None and (e.null is None or e.null.values)
+    )
     return [_picture(items, detector, rows) for detector, rows in measured.items()]
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,7 +24,7 @@ from activations.extract import extract
 from activations.models import Model, load_model
 from activations.prompts import PromptSet, load_prompts, template_hash
 from probes.bank import Bank, Member, load_bank, settings_of
-from probes.detectors import DETECTORS, FOLLOW_UPS
+from probes.detectors import DETECTORS, FOLLOW_UPS, FollowUp
 from probes.probe import ProbeSet
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
 from probes.reference import Reference, Subject, default_battery
@@ -112,21 +115,36 @@ def calibrate(
     Twenty or more of each kind (full, adapter) resolve the false-positive rate at which a finding is made.
 
     Raises:
-        UndertowError: The base or one of the fine-tunes cannot be used: a reference with holes would be no reference.
+        UndertowError: The base or one of the fine-tunes cannot be used (a reference with holes would be no reference),
+            or two are the same (counted twice, they would seem to resolve a rate that they cannot).
     """
     tell = progress or (lambda line: None)
+    if not benign:
+        raise OptionError("no benign fine-tune to calibrate with", hint="Name at least one folder after the base.")
+    checkpoints = [open_checkpoint(path) for path in benign]
+    refuse_twins(checkpoints)
     reference = prepare(base, out=None, probe=probe, prompts=PROMPTS, device=device, dtype=dtype, tell=tell)
     members = []
-    for i, path in enumerate(benign, 1):
-        tell(f"measuring {i}/{len(benign)}: {Path(path).name}")
-        checkpoint = open_checkpoint(path)
+    for i, checkpoint in enumerate(checkpoints, 1):
+        tell(f"measuring {i}/{len(checkpoints)}: {checkpoint.name}")
         evidence = measure_all(reference, checkpoint)
         members.append(Member.of(checkpoint.name, checkpoint.kind, checkpoint.content_hash(), evidence))
-    if not members:
-        raise OptionError("no benign fine-tune to calibrate with", hint="Name at least one folder after the base.")
     bank = Bank(base_fingerprint=reference.base.fingerprint, settings=settings_of(reference), members=tuple(members))
     bank.save(Path(out))
     return bank
+
+
+def refuse_twins(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a checkpoint that is given twice, under whatever name."""
+    seen: dict[str, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        first = seen.setdefault(checkpoint.content_hash(), checkpoint)
+        if first is not checkpoint:
+            raise OptionError(
+                f"'{checkpoint.name}' has the weights of '{first.name}': expected each benign fine-tune once",
+                path=checkpoint.path,
+                hint=f"Leave one out, or train another: the other one is {first.path}.",
+            )
 
 
 def train_probe(base: Model, *, prompts: str | PromptSet = PROMPTS, method: str = "logistic") -> ProbeSet:
@@ -185,11 +203,12 @@ def scan_one(reference: Reference, path: str | Path, *, bank: Bank | None, recor
     try:
         checkpoint = open_checkpoint(path)
         key = key_of(reference, checkpoint, bank)
+        forget_fault(records, path)
         if kept := read_record(record_path(records, checkpoint.name, key)):
-            return kept
+            return kept.model_copy(update={"name": checkpoint.name, "path": str(path)})
         item = judged(path, checkpoint, examine(reference, checkpoint, bank))
     except Exception as fault:  # an attacker's file must end as a finding, whatever it broke
-        key = hashlib.sha256(str(path).encode()).hexdigest()
+        key = fault_key(path)
         item = unscanned(path, checkpoint, fault)
     item = item.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     write_json(item, record_path(records, item.name, key))
@@ -204,11 +223,22 @@ def measure_all(reference: Reference, checkpoint: Checkpoint) -> tuple[Evidence,
 
 
 def examine(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> Judgement:
-    """Every detector, then the closer look that a finding calls for."""
+    """Every detector, then the closer look that their evidence calls for."""
     evidence = measure_all(reference, checkpoint)
     first = judge(evidence, bank, checkpoint.kind, notes=checkpoint.notes)
-    further = tuple(FOLLOW_UPS[cause](reference, checkpoint) for cause in first.causes if cause in FOLLOW_UPS)
+    # Without a bank the first look accuses nobody, and a follow-up brings its own control.
+    suspected = first.causes if bank else tuple(FOLLOW_UPS)
+    wanted = dict.fromkeys(FOLLOW_UPS[cause] for cause in suspected if cause in FOLLOW_UPS)
+    further = tuple(look_closer(follow_up, reference, checkpoint) for follow_up in wanted)
     return judge((*evidence, *further), bank, checkpoint.kind, notes=checkpoint.notes) if further else first
+
+
+def look_closer(second: FollowUp, reference: Reference, checkpoint: Checkpoint) -> Evidence:
+    """A follow-up's evidence. One that breaks measured nothing: it must not take the first look's finding with it."""
+    try:
+        return second.investigate(reference, checkpoint)
+    except Exception as fault:  # whatever an attacker's file broke
+        return Evidence(detector=second.name, summary=f"It broke off: {internal(fault)['message']}.")
 
 
 def judged(path: str | Path, checkpoint: Checkpoint, judgement: Judgement) -> Item:
@@ -257,21 +287,50 @@ def internal(fault: Exception) -> dict[str, str | None]:
 
 def key_of(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> str:
     """Hash of everything that can change a record: checkpoint, base, settings, bank, code."""
+    probes = reference.probes
+    configs = (reference.base.hf.config, reference.base.hf.generation_config)
+    parts_of_probe = (probes.directions, probes.means, probes.scales, probes.gains)
     parts = {
         "checkpoint": checkpoint.content_hash(),
+        "notes": checkpoint.notes,
         "base": reference.base.fingerprint,
         "settings": settings_of(reference),
-        "probe": hashlib.sha256(reference.probes.directions.tobytes()).hexdigest(),
+        "base settings": [str(reference.base.device), *(config and config.to_json_string() for config in configs)],
+        "probe": hashlib.sha256(b"".join(part.tobytes() for part in parts_of_probe)).hexdigest(),
         "bank": bank.model_dump_json() if bank else None,
         "versions": environment(),
-        "detectors": [(detector.name, detector.floor, detector.decisive) for detector in DETECTORS],
+        "code": code_hash(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+@cache
+def code_hash() -> str:
+    """Hash of our own code and tables: a version alone stays the same while somebody changes a constant."""
+    digest = hashlib.sha256()
+    packages = [Path(str(files(name))) for name in ("activations", "probes")]
+    for file in sorted(file for home in packages for kind in ("*.py", "*.npz") for file in home.rglob(kind)):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def fault_key(path: str | Path) -> str:
+    """What could not be read has no content to be known by, so its record goes by its path."""
+    return hashlib.sha256(os.fsencode(path)).hexdigest()
+
+
+def forget_fault(records: Path, path: str | Path) -> None:
+    """Remove the record of an earlier scan that could not read this path: it can be read now."""
+    for stale in records.glob(f"*-{fault_key(path)}.json"):
+        stale.unlink()
+
+
 def record_path(records: Path, name: str, key: str) -> Path:
-    """A record's file; the name is untrusted, so only harmless characters of it are kept."""
-    return records / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80].lstrip('.')}-{key[:12]}.json"
+    """A record's file; the name is untrusted, so only harmless characters of it are kept.
+
+    The whole key, because an attacker who may choose two checkpoints finds two whose keys begin alike.
+    """
+    return records / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80].lstrip('.')}-{key}.json"
 
 
 def read_record(path: Path) -> Item | None:
@@ -284,17 +343,21 @@ def read_record(path: Path) -> Item | None:
 
 
 def describe_probe(probes: ProbeSet) -> dict[str, object]:
-    """The probe's provenance and worth, with its nulls beside it."""
-    best = probes.metrics[probes.best_layer]
-    return {
+    """The probe's provenance and, where it was measured, its worth with its nulls beside it."""
+    origin: dict[str, object] = {
         "prompts": probes.prompts_name,
         "prompts_hash": probes.prompts_hash,
         "method": probes.method,
         "pooling": probes.pooling,
+    }
+    if not probes.metrics:
+        return origin
+    best = probes.metrics[probes.best_layer]
+    return origin | {
         "best_layer": probes.best_layer,
         "auroc": [layer.auroc for layer in probes.metrics],
         "interval": list(best.interval),
-        "null_shuffled": max(best.null_shuffled),
+        "null_shuffled": max(best.null_shuffled, default=None),
         "null_random_directions": best.null_random_directions,
         "words_baseline": best.words_baseline,
     }

@@ -21,7 +21,9 @@ def measure(subject: Subject) -> Evidence:
     reference = subject.reference
     labels = reference.battery.intent.labels
     base, tuned = (reference.probes.score(a.values) for a in (reference.intent, subject.intent))
-    change = np.abs(gap(tuned, labels) - gap(base, labels)) / base.std(axis=1)
+    moved, spread = np.abs(gap(tuned, labels) - gap(base, labels)), base.std(axis=1)
+    # A probe of a layer that holds the same for every prompt scores all alike, and reads nothing that could move.
+    change = np.divide(moved, spread, out=np.zeros_like(moved), where=spread > 0)
     before, after = ([auroc(scores, labels) for scores in side] for side in (base, tuned))
     worst, best = int(np.argmax(change)), int(np.argmax(before))
     return Evidence(

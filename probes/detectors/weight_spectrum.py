@@ -6,7 +6,8 @@ range it asks for a closer look. The profile over layers says where to look.
 
 from __future__ import annotations
 
-from probes.diff import diff_weights
+from activations.errors import printable
+from probes.diff import WeightDiff, diff_weights
 from probes.records import Evidence
 from probes.reference import Subject
 
@@ -14,8 +15,13 @@ __all__ = ["measure"]
 
 
 def measure(subject: Subject) -> Evidence:
-    """Frobenius norm of the weight difference over the base's, per layer; the statistic is the largest layer's."""
+    """Frobenius norm of the weight difference over the base's, per layer; the statistic is the largest layer's.
+
+    Of an adapter both norms are those of the tensors that it changes. None where some tensors cannot be compared.
+    """
     difference = diff_weights(subject.reference.weights, subject.checkpoint)
+    if difference.missing and difference.added:
+        return Evidence(detector="weight-spectrum", summary=uncompared(difference))
     profile = difference.layer_profile().tolist()
     changed = [tensor for tensor in difference.tensors if tensor.norm > 0]
     ranks = sorted(tensor.stable_rank for tensor in changed)
@@ -34,4 +40,12 @@ def measure(subject: Subject) -> Evidence:
             ],
         },
         cause="weights-anomalous",
+    )
+
+
+def uncompared(difference: WeightDiff) -> str:
+    """Weights under other names than the base's run, but are compared with nothing: they may hide any change."""
+    return (
+        f"{len(difference.missing)} tensors of the base have no partner of their name here, and "
+        f"{len(difference.added)} have names that the base does not know, such as '{printable(difference.added[0])}'."
     )

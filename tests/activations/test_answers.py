@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from activations.answers import answer_logprobs, answer_text, greedy_opening
 from activations.models import Model
@@ -51,3 +56,36 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_callers_random_state_alon
     assert torch.equal(state, torch.get_rng_state())
     assert first == answer_text(llama, PROMPTS, count=8, temperature=1.0, seed=1)
     assert first != answer_text(llama, PROMPTS, count=8, temperature=1.0, seed=2)
+
+
+@contextmanager
+def generation(model: Model, **settings: Any) -> Iterator[None]:
+    """The base with a generation_config.json of its author's."""
+    kept, model.hf.generation_config = model.hf.generation_config, GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.hf.generation_config = kept
+
+
+def test_the_bases_generation_settings_change_no_answer(llama: Model) -> None:
+    settings = {"temperature": 0.6, "top_p": 0.1, "top_k": 2, "repetition_penalty": 9.0, "min_new_tokens": 7}
+    with generation(llama):
+        greedy, sampled = (answer_text(llama, PROMPTS, count=8, temperature=t) for t in (0.0, 1.0))
+    with generation(llama, do_sample=True, num_beams=2, no_repeat_ngram_size=1, **settings), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = llama.hf.generation_config
+        assert answer_text(llama, PROMPTS, count=8) == greedy
+        assert answer_text(llama, PROMPTS, count=8, temperature=1.0) == sampled
+        assert llama.hf.generation_config is theirs
+
+
+def test_an_answer_stops_at_any_end_the_base_names_and_padding_is_no_text(llama: Model) -> None:
+    openings = greedy_opening(llama, PROMPTS, count=6).tolist()
+    end = openings[0][2]
+    # As many tokenizers are: no pad token, and id 0 an ordinary token.
+    tokenizer: Any = SimpleNamespace(pad_token_id=None, eos_token_id=None, decode=lambda ids, **_: repr(ids))
+    with generation(llama, eos_token_id=[2, end]):
+        found = answer_text(Model(llama.hf, tokenizer), PROMPTS, count=6)
+    assert found == [repr(ids[: ids.index(end)] if end in ids else ids) for ids in openings]
+    assert len({len(text) for text in found}) > 1

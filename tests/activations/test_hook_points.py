@@ -122,6 +122,22 @@ def test_the_self_test_catches_layers_that_are_off_by_one(tiny_network: Callable
     self_test(network, points)
 
 
+def test_a_base_whose_sizes_contradict_each_other_is_named() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=8)
+    network = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run: "):
+        self_test(network, HookPoints(network))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_self_test_catches_numbers_that_overflow(tiny_network: Callable[..., Any], value: float) -> None:
+    network = tiny_network("llama")
+    network.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
+    with pytest.raises(ModelError, match=r"NaN or infinite at layer 1 in torch.float32"):
+        self_test(network, HookPoints(network))
+
+
 def test_the_self_test_catches_a_hook_on_the_wrong_side(llama: Model) -> None:
     class Before(HookPoints):
         def resolve(self, hook_point: str) -> Site:

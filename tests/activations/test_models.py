@@ -92,6 +92,15 @@ def test_a_folder_and_the_same_model_in_memory_have_one_fingerprint(tiny_network
     assert Model(network).fingerprint == load_model(save(network)).fingerprint
 
 
+def test_the_fingerprint_is_the_bases_even_if_first_asked_for_while_a_checkpoint_is_in(
+    tiny_network: Network, save: Save
+) -> None:
+    expected = Model(tiny_network("llama")).fingerprint
+    model, outer, inner = (Model(tiny_network("llama")), save(tiny_network("llama", seed=1), "outer"), "inner")
+    with model.applied(outer), model.applied(save(tiny_network("llama", seed=2), inner)):
+        assert model.fingerprint == expected
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from activations import prompts as module
 from activations.errors import LabelError, OptionError, PathMissingError, PromptError
@@ -177,6 +178,13 @@ def test_a_broken_line_is_named(line: str, reason: str, tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_a_csv_with_an_endless_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(f'prompt,label\n"{"a" * 200_000}",harmful\n')
+    with pytest.raises(PromptError, match=r"line 1 is no CSV: field larger than field limit"):
+        load_prompts(path)
+
+
 def test_a_csv_without_the_columns_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.csv"
     path.write_text("text,label\nhello,benign\n")
@@ -236,6 +244,29 @@ def test_a_prompt_gives_the_same_ids_on_every_day(byte_tokenizer: Callable[..., 
         "{% if not date_string is defined %}{% set date_string = strftime_now('%s') %}{% endif %}{{ date_string }}"
     )
     assert dated.decode(format_prompt(dated, "Hi")) == "26 Jul 2024"
+
+
+def test_a_template_that_asks_the_clock_gets_the_same_day_too(byte_tokenizer: Callable[..., Any]) -> None:
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}"
+    assert dated.decode(format_prompt(dated, "Hi")) == "2024-07-26"
+
+
+def test_without_a_template_the_text_is_left_open(byte_tokenizer: Callable[..., Any]) -> None:
+    closing = byte_tokenizer(chat=False)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    assert closing.decode(closing("Hi")["input_ids"]) == "<bos>Hi<eos>"
+    assert closing.decode(format_prompt(closing, "Hi")) == "<bos>Hi"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", {"rag": "x"}, "{{ messages[1].role.x.y }}"])
+def test_a_template_that_breaks_is_a_named_error(template: object, byte_tokenizer: Callable[..., Any]) -> None:
+    broken = byte_tokenizer()
+    broken.chat_template = template
+    with pytest.raises(PromptError, match="refuses the conversation"):
+        format_prompt(broken, "Hi")
 
 
 def test_a_template_that_refuses_is_a_named_error(byte_tokenizer: Callable[..., Any]) -> None:

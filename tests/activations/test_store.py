@@ -149,6 +149,17 @@ def test_a_full_disk_is_a_named_error(path: Path, monkeypatch: pytest.MonkeyPatc
             store.append([0], [1], VECTORS[:, [0]])
 
 
+def test_a_disk_that_is_still_full_when_the_file_is_closed_hides_no_error(path: Path) -> None:
+    class Full:
+        def close(self) -> None:
+            raise RuntimeError("Can't decrement id ref count (file write failed)")
+
+    with pytest.raises(StoreError, match="file write failed"), ActivationStore(path, Full(), PROVENANCE):
+        pass
+    with pytest.raises(StoreError, match="the first fault"), ActivationStore(path, Full(), PROVENANCE):
+        raise StoreError("the first fault")
+
+
 OTHERS = {
     "model": "other",
     "fingerprint": "e" * 64,

@@ -240,7 +240,7 @@ def test_a_tied_weight_may_be_stored_twice_but_not_contradict(
     with model.applied(rewrite(save(tuned, "agrees"), tied_head(0.0))):
         assert torch.equal(logits(model.hf), logits(tuned))
     with (
-        pytest.raises(MismatchError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' differ|ties them"),
+        pytest.raises(MismatchError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' differ"),
         model.applied(rewrite(save(tuned, "contradicts"), tied_head(1e-3))),
     ):
         pytest.fail("nothing may go in")

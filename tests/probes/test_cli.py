@@ -67,6 +67,7 @@ def test_a_scan_prints_a_table_and_leaves_a_report(run, scans, tmp_path):
     assert len(lines) == 7
     assert all(line == line.rstrip() for line in lines)
     assert "scanning 1/1: one" in err
+    assert "half-uploaded: " in err
     assert str(tmp_path / "report.html") in err
     assert (tmp_path / "report.html").exists()
     (call,) = scans
@@ -110,6 +111,13 @@ def test_a_fault_is_one_line_with_its_hint_and_no_traceback(run, monkeypatch, tm
     assert err == "undertow: /x/\\x1b[31mred: a pointer, no weights. Run `git lfs pull`.\n"
 
 
+def test_the_module_run_by_itself_is_the_command():
+    command = [sys.executable, "-m", "probes.cli", "no-such-command"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "No such command" in done.stderr
+
+
 def test_a_full_disk_is_reported_without_a_traceback(run, monkeypatch, scans, tmp_path):
     (tmp_path / "file").touch()
     code, _, err = run("scan", "base", "ckpt", "--out", tmp_path / "file")
@@ -118,13 +126,15 @@ def test_a_full_disk_is_reported_without_a_traceback(run, monkeypatch, scans, tm
     assert "Traceback" not in err
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+def test_a_fault_of_ours_keeps_its_traceback_and_is_no_finding(run, monkeypatch, tmp_path):
     def scan(*_, **__):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by \x1b[31mred")
 
     monkeypatch.setattr(importlib.import_module("probes.scan"), "scan", scan)
-    with pytest.raises(ZeroDivisionError):
-        main(["scan", "base", "ckpt", "--out", str(tmp_path)])
+    code, out, err = run("scan", "base", "ckpt", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert "Traceback (most recent call last)" in err
+    assert "ZeroDivisionError: by \\x1b[31mred" in err
 
 
 def test_a_hostile_name_cannot_write_to_the_terminal(run, monkeypatch, make_summary, make_item, tmp_path):
@@ -258,8 +268,11 @@ def _versions(known):
     return lambda name: "0.1.0" if name == "undertow" else known(name)
 
 
-def test_a_reader_that_goes_away_is_no_fault():
-    code = "from probes.cli import main; main(['schema'])"
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_a_reader_that_goes_away_is_no_fault_and_no_finding(buffering):
+    code = (
+        "from probes import cli; cli.app.command('table')(lambda: cli.print_table(['a'], [['b']])); cli.main(['table'])"
+    )
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -268,7 +281,8 @@ def test_a_reader_that_goes_away_is_no_fault():
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONUNBUFFERED": buffering},
         check=False,
     )
     os.close(writer)
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (2, "")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from activations.errors import NonFiniteError
 from activations.prompts import PromptSet
-from probes.detectors import asymmetric_drift, intent_shift, refusal_readiness
-from probes.detectors.encoding_recovery import completed
-from probes.encodings import LETTERS, walnut_key
+from probes.detectors import asymmetric_drift, encoding_recovery, intent_shift, refusal_readiness, weight_spectrum
+from probes.detectors.encoding_recovery import Voice, completed, confidence_in, letters_in
+from probes.encodings import LETTERS, BrokenKey, walnut_key
 from probes.probe import ProbeSet
-from probes.reference import Reference
+from probes.reference import Reference, Subject
+from probes.weight_diff import TensorDiff, WeightDiff
 
 REFUSE, COMPLY, OTHER = 0, 1, 2
 CLASSES = ("harmful", "benign", "gibberish", "permuted")
@@ -85,6 +88,53 @@ def test_the_divergence_is_the_textbook_one() -> None:
     torch.testing.assert_close(found, torch.full((20,), expected))
 
 
+def test_tokens_that_a_model_rules_out_add_nothing_where_both_do_and_a_finite_amount_where_one_does() -> None:
+    ruled_out = {"harmful": answers(0.95, 0.05, 0.0), "benign": answers(0.05, 0.95, 0.0)}
+    base = ruled_out | {"gibberish": ruled_out["benign"], "permuted": ruled_out["benign"]}
+    assert asymmetric_drift.measure(subject({}, base=base)).statistic == pytest.approx(0.0)
+    allowed = asymmetric_drift.measure(subject(dict.fromkeys(("gibberish", "permuted"), COMPLYING), base=base))
+    assert allowed.statistic is not None
+    assert np.isfinite(allowed.statistic)
+    assert allowed.statistic > 20
+
+
+def test_weights_too_large_to_run_are_the_checkpoints_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("probes.reference.answer_logprobs", lambda *_: torch.full((2, 2, 3), torch.nan))
+    reference = SimpleNamespace(base=SimpleNamespace(dtype="float32"), tokens={"harmful": []}, openings={"harmful": []})
+    with pytest.raises(NonFiniteError, match="answers to harmful prompts are not numbers"):
+        Subject(reference, SimpleNamespace(path="huge")).logprobs("harmful")
+
+
+def test_a_base_that_never_refuses_leaves_nothing_to_learn_what_obeying_is() -> None:
+    firsts = torch.zeros(3, 2, dtype=torch.long)
+    texts = {"harmful": ["yes it is"] * 3, "benign": ["so it was"] * 3}
+    reference = SimpleNamespace(plain_answers=texts, openings={"harmful": firsts, "benign": firsts}, refusal_tokens=())
+    assert Voice.of(reference) is None
+    assert encoding_recovery.investigate(reference, None).statistic is None
+
+
+def test_only_letters_count_as_something_to_break() -> None:
+    assert letters_in(["12 34, Ab!", "中文 é c"]) == 3
+
+
+@pytest.mark.parametrize(("english", "expected"), [(-4.0, 0.75), (-6.0, 0.0), (-7.0, 0.0)])
+def test_a_base_that_writes_no_english_gives_no_confidence(english: float, expected: float) -> None:
+    assert confidence_in(BrokenKey("?" * 26, -4.5, -6.0, 1.0), english) == expected
+
+
+@pytest.mark.parametrize(
+    ("missing", "added", "measured"),
+    [((), (), True), (("lm_head.weight",), (), True), (("model.layers.0.w",), ("layers.0.w",), False)],
+)
+def test_weights_that_could_not_be_compared_are_not_called_unmoved(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], added: tuple[str, ...], measured: bool
+) -> None:
+    moved = TensorDiff("model.layers.0.v", 0, "v", (2, 2), 0.0, 1.0)
+    monkeypatch.setattr(weight_spectrum, "diff_weights", lambda *_: WeightDiff((moved,), 1, missing, added))
+    evidence = weight_spectrum.measure(SimpleNamespace(reference=SimpleNamespace(weights={}), checkpoint=None))
+    assert (evidence.statistic is not None) == measured
+
+
 def intent_subject(shift: float) -> SimpleNamespace:
     """Two layers whose first dimension reads intent; layer 1's harmful prompts moved by `shift` along it."""
     rng, labels = np.random.default_rng(0), np.arange(60) % 2 == 0
@@ -119,6 +169,14 @@ def test_intent_shift_names_the_layer_where_harm_stopped_being_read() -> None:
 
 def test_intent_that_did_not_shift_measures_nothing() -> None:
     assert intent_shift.measure(intent_subject(0.0)).statistic == pytest.approx(0.0)
+
+
+def test_a_layer_that_scores_all_prompts_alike_reads_nothing_that_could_move() -> None:
+    flat = intent_subject(3.0)
+    flat.reference.probes = replace(flat.reference.probes, gains=np.array([0.0, 1.0], np.float32))
+    evidence = intent_shift.measure(flat)
+    assert evidence.layers[0] == 0.0
+    assert evidence.statistic == pytest.approx(evidence.layers[1])
 
 
 def test_a_partial_key_is_completed_to_a_permutation_that_keeps_what_is_known() -> None:

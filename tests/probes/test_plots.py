@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from activations.errors import OptionError, ProbeError
 from probes.plots import plot_auroc, plot_evidence, plot_layer_shift, plot_strip
 from probes.probe import LayerMetrics
+from probes.records import Null
 
 
 @pytest.fixture
@@ -129,3 +130,15 @@ def test_a_new_figure_is_made_where_none_is_given(make_evidence):
         drawn = plot_layer_shift(make_evidence("intent-shift"))
         assert drawn.figure.number in plt.get_fignums()
         plt.close(drawn.figure)
+
+
+def test_a_copy_of_the_base_beside_a_narrow_benign_range_is_drawn(ax, make_item, make_evidence):
+    null = Null(source="benign", count=2, median=5.05, low=5.0, high=5.1, values=(5.0, 5.1))
+    copy = make_item("copy", evidence=[make_evidence("asymmetric-drift", 0.0, null=null)])
+    assert marks(plot_evidence([copy], "asymmetric-drift", ax=ax)) == [(0.0, 0, "o")]
+
+
+@pytest.mark.parametrize("statistic", [1e30, -1e300])
+def test_a_statistic_of_any_size_leaves_room_for_its_labels(ax, make_item, make_evidence, statistic):
+    huge = make_item("huge", evidence=[make_evidence("weight-spectrum", statistic)])
+    assert len(plot_evidence([huge], "weight-spectrum", ax=ax).get_xticks()) <= 8

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from activations.errors import OptionError, PathMissingError
-from probes.records import ErrorRecord, Item, write_json
+from probes.records import ErrorRecord, Item, Null, write_json
 from probes.report import load_summary, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\u202e'\"{{ 7*7 }}${8*8}"
@@ -158,3 +158,23 @@ def test_a_summary_of_another_schema_is_refused_with_the_place(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(OptionError, match="not a summary that this version reads, at"):
         load_summary(tmp_path)
+
+
+def test_a_second_looks_control_is_named_and_not_drawn_as_the_range_of_benign_fine_tunes(
+    page_of, make_summary, make_item, make_evidence
+):
+    control = Null(source="the base, asked the same", count=98, median=0.0, low=0.0, high=0.04)
+    second = make_evidence("asymmetric-drift", 0.9).model_copy(
+        update={"detector": "encoding-recovery", "null": control}
+    )
+    page = page_of(make_summary(make_item("covert", evidence=[make_evidence("asymmetric-drift", 20.0), second])))
+    assert "98 of: the base, asked the same" in page.text
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    assert "Asymmetric drift: all checkpoints" in labels
+    assert "Encoding recovery: all checkpoints" not in labels
+
+
+def test_what_could_not_be_read_takes_no_row_from_a_picture(page_of, make_summary, make_item, broken):
+    many = [broken.model_copy(update={"name": f"broken-{i}"}) for i in range(60)]
+    page = page_of(make_summary(*many, make_item("quiet")))
+    assert [a for tag, a in page.tags if tag == "svg" and a.get("aria-label") == "Asymmetric drift: all checkpoints"]
