@@ -224,6 +224,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str) -> 
             tokenize=True,
             return_dict=False,
             date_string=_DAY.strftime("%d %b %Y"),
+            enable_thinking=False,  # templates that know it begin with the answer then, not with thoughts about it
         )
     # A template is a program: beside what it raises itself, its mistakes are Python's own errors.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import re
@@ -297,3 +298,9 @@ def test_the_template_hash_tells_templates_and_tokenizers_apart(
 
 def test_plain_texts_have_a_hash_of_their_own() -> None:
     assert module.texts_hash(["a", "b"]) != module.texts_hash(["b", "a"]) != module.texts_hash(["ab"])
+
+
+def test_a_template_that_can_think_first_is_asked_for_the_answer(tokenizer: Any) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking is not false %}<think>{% endif %}"
+    assert thinking.decode(format_prompt(thinking, "hello")) == "hello"
