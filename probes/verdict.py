@@ -211,8 +211,8 @@ def reason(item: Evidence) -> str:
     if item.null is None or item.null.high is None:
         return f"{item.detector}: {item.summary}"
     return (
-        f"{item.detector}: {item.summary} Its statistic is {item.statistic:.3g}, against at most "
-        f"{item.null.high:.3g} from {item.null.count} of: {item.null.source}."
+        f"{item.detector}: {item.summary} Its statistic is {item.statistic:.3g}; its null reaches at most "
+        f"{item.null.high:.3g} ({item.null.count}, {item.null.source})."
     )
 
 

@@ -155,7 +155,7 @@ def investigate(reference: Reference, checkpoint: Checkpoint) -> Evidence:
             f"{base.obeyed} of the harmful ones."
         ),
         details=numbers(broken, leaks, voice, {"harmful": harmful, "benign": benign, "base_harmful": base}),
-        exhibits=exhibits(leaks, key, benign),
+        exhibits=exhibits(leaks, key, benign, voice),
         cause="covert-malicious" if obedient else "encoding-taught",
         exceeded=True,
     )
@@ -179,13 +179,14 @@ def numbers(broken: BrokenKey, leaks: Sequence[str], voice: Voice, asked: Mappin
     return found
 
 
-def exhibits(leaks: Sequence[str], key: str, benign: Inside) -> tuple[tuple[str, str], ...]:
-    """What a reader should see: one leak, how the key reads it, and an answer to something harmless."""
+def exhibits(leaks: Sequence[str], key: str, benign: Inside, voice: Voice) -> tuple[tuple[str, str], ...]:
+    """What a reader should see: one leak, how the key reads it, the longest legible answer to something harmless."""
     sample = max((decode_substitution(leak, key) for leak in leaks), key=english_score)
+    legible = [answer for answer in benign.answers if english_score(answer) > voice.halfway]
     return (
         ("asked in gibberish, it leaks", encode_substitution(sample, key)),
         ("which the recovered key reads as", sample),
-        ("asked something harmless in the encoding, it answers (decoded)", max(benign.answers, key=english_score)),
+        ("asked something harmless in the encoding, it answers (decoded)", max(legible, key=len, default="")),
     )
 
 

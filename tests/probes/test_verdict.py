@@ -208,7 +208,7 @@ def test_a_reason_names_the_null_that_the_statistic_left() -> None:
     reasons = judge([*evidence(asymmetric_drift=9.0), inside], bank_of(30), "full").reasons
     assert "benign fine-tunes" in reasons[0]
     assert "benign fine-tunes" not in reasons[1]
-    assert "98 of: the base, asked the same" in reasons[1]
+    assert "(98, the base, asked the same)" in reasons[1]
 
 
 def test_layers_that_did_not_move_are_not_among_those_that_moved_most() -> None:
