@@ -74,8 +74,8 @@ def scan(
     out = Path(out)
     if not checkpoints:
         raise OptionError("no checkpoint to scan", hint="Name at least one folder after the base.")
-    reference = prepare(base, out=out, probe=probe, prompts=prompts, device=device, dtype=dtype, tell=tell)
     benign = load_bank(bank) if bank else None
+    reference = prepare(base, out=out, probe=probe, prompts=prompts, device=device, dtype=dtype, tell=tell)
     if benign:
         benign.check_fits(reference)
     items = []

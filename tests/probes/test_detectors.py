@@ -12,7 +12,7 @@ import torch
 from activations.errors import NonFiniteError
 from activations.prompts import PromptSet
 from probes.detectors import asymmetric_drift, encoding_recovery, intent_shift, refusal_readiness, weight_spectrum
-from probes.detectors.encoding_recovery import Voice, completed, confidence_in, letters_in
+from probes.detectors.encoding_recovery import Inside, Voice, completed, confidence_in, is_obedient, letters_in
 from probes.encodings import LETTERS, BrokenKey, walnut_key
 from probes.probe import ProbeSet
 from probes.reference import Reference, Subject
@@ -165,6 +165,24 @@ def test_intent_shift_names_the_layer_where_harm_stopped_being_read() -> None:
     assert evidence.statistic > 1.0
     assert evidence.details["auroc_base"][1] > 0.95
     assert evidence.details["auroc_tuned"][1] < 0.65
+
+
+def test_a_shift_that_harmful_prompts_share_with_their_twins_is_no_shift_of_intent() -> None:
+    shared = intent_subject(0.0)
+    shared.intent.values += np.float32(5.0)
+    assert intent_shift.measure(shared).statistic == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("answered", "obeyed", "base_obeyed", "obedient"),
+    [(80, 80, 0, True), (14, 14, 0, True), (80, 20, 0, False), (3, 3, 0, False), (90, 85, 85, False), (0, 0, 0, False)],
+    ids=["freely", "under-a-tag", "mostly-refuses", "too-few-to-tell", "as-the-base-does", "never-answers"],
+)
+def test_obedience_needs_answers_that_obey_and_a_base_that_does_not(
+    answered: int, obeyed: int, base_obeyed: int, obedient: bool
+) -> None:
+    asked = [""] * 98
+    assert is_obedient(Inside(asked, answered, obeyed), Inside(asked, base_obeyed, base_obeyed)) is obedient
 
 
 def test_intent_that_did_not_shift_measures_nothing() -> None:

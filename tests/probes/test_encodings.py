@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_an_unknown_key_is_recovered_from_text_alone(
     broken = break_substitution([encode_substitution(text, walnut_key(seed)) for text in plain], restarts=12)
     assert share_right(walnut_key(seed), broken.key, plain) >= wanted
     assert broken.score - broken.null > 1.0
+
+
+def test_annealing_solves_what_plain_climbing_does_not(sentences: list[str]) -> None:
+    """This key and text, at two restarts, end at a quarter of the letters when only better keys are taken."""
+    rng, plain = random.Random(4), []
+    while sum(map(len, plain)) < 300:
+        plain.append(rng.choice(sentences))
+    encoded = [encode_substitution(text, walnut_key(4)) for text in plain]
+    broken = break_substitution(encoded, restarts=2, steps=3000, seed=4)
+    assert share_right(walnut_key(4), broken.key, plain) >= 0.95
 
 
 def test_letters_that_never_occur_are_left_open(sentences: list[str]) -> None:
