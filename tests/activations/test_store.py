@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,8 +61,9 @@ def test_vectors_come_back_in_the_order_of_the_prompts(path: Path) -> None:
         np.testing.assert_array_equal(store.read_layer(SECOND, rows=[4, 0]), VECTORS[1, [4, 0]])
 
 
-def test_tokens_come_back_prompt_by_prompt(path: Path) -> None:
-    provenance = dataclasses.replace(PROVENANCE, pooling="all", n_prompts=2, harmful=None, pair_ids=None)
+@pytest.mark.parametrize("pooling", ["all", "all@answer"])
+def test_tokens_come_back_prompt_by_prompt(pooling: str, path: Path) -> None:
+    provenance = dataclasses.replace(PROVENANCE, pooling=pooling, n_prompts=2, harmful=None, pair_ids=None)
     with ActivationStore.create(path, provenance) as store:
         store.append([1, 0], [2, 3], VECTORS)
     with ActivationStore.open(path) as store:
@@ -86,15 +89,26 @@ def test_bfloat16_is_stored_in_two_bytes_and_without_loss(path: Path) -> None:
         assert file.attrs["stored_dtype"] == "bfloat16"
 
 
-def test_means_of_a_bfloat16_model_keep_their_precision() -> None:
-    assert dataclasses.replace(PROVENANCE, dtype="bfloat16", pooling="mean").stored_dtype == "float32"
+def test_other_values_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, size=(1000, 8), dtype=np.uint32)
+    bits[0] = [0x7F7FFFFF, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0x3F808000, 0x3F818000, 0x00007FFF, 0x80000001]
+    values = bits.view(np.float32)
+    stored = module._from_disk(module._to_disk(values, "bfloat16"), "bfloat16")
+    np.testing.assert_array_equal(stored, torch.from_numpy(values).bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("pooling", "stored"),
+    [("mean", "float32"), ("mean@user", "float32"), ("last", "bfloat16"), ("all@answer", "bfloat16")],
+)
+def test_only_means_of_a_bfloat16_model_need_more_than_two_bytes(pooling: str, stored: str) -> None:
+    assert dataclasses.replace(PROVENANCE, dtype="bfloat16", pooling=pooling).stored_dtype == stored
 
 
 def test_the_attributes_are_what_others_read(path: Path) -> None:
     with h5py.File(filled(path)) as file:
         attributes = {name: np.asarray(value).tolist() for name, value in sorted(file.attrs.items())}
         layout = {name: [str(data.dtype), list(data.shape), list(data.chunks or [])] for name, data in file.items()}
-        assert all(file[name].fletcher32 for name in PROVENANCE.hook_points)
     found = {"attributes": attributes, "layout": layout}
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -119,7 +133,7 @@ def test_an_interrupted_file_knows_what_is_missing_and_goes_on(path: Path) -> No
 def test_vectors_whose_prompts_were_never_written_down_do_not_count(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = module._write_at
+    whole = module.write_at
 
     def dies_before_done(data: h5py.Dataset, start: int, values: np.ndarray) -> None:
         if data.name == "/done":
@@ -128,7 +142,7 @@ def test_vectors_whose_prompts_were_never_written_down_do_not_count(
 
     with ActivationStore.create(path, PROVENANCE) as store:
         store.append([2], [1], VECTORS[:, [2]])
-        monkeypatch.setattr(module, "_write_at", dies_before_done)
+        monkeypatch.setattr(module, "write_at", dies_before_done)
         with pytest.raises(KeyboardInterrupt):
             store.append([0, 1], [1, 1], np.full((2, 2, 4), np.nan, np.float32))
         monkeypatch.undo()
@@ -144,7 +158,7 @@ def test_a_full_disk_is_a_named_error(path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     with ActivationStore.create(path, PROVENANCE) as store:
-        monkeypatch.setattr(module, "_write_at", full)
+        monkeypatch.setattr(module, "write_at", full)
         with pytest.raises(StoreError, match="No space left on device"):
             store.append([0], [1], VECTORS[:, [0]])
 
@@ -160,6 +174,44 @@ def test_a_disk_that_is_still_full_when_the_file_is_closed_hides_no_error(path: 
         raise StoreError("the first fault")
 
 
+BATCHES = {
+    "finished": ([2], [1], (2, 1, 4), "finished already"),
+    "twice": ([1, 1], [1, 1], (2, 2, 4), "finished already"),
+    "unknown prompt": ([5], [1], (2, 1, 4), "prompts below 5"),
+    "too few vectors": ([0, 1], [1, 1], (2, 1, 4), "expected .2, 2, 4."),
+    "too few lengths": ([0, 1], [2], (2, 2, 4), "2 prompts"),
+    "no vector": ([0], [0], (2, 0, 4), "at least one"),
+    "narrow": ([0], [1], (2, 1, 1), "expected .2, 1, 4."),
+    "a hook point short": ([0], [1], (1, 1, 4), "expected .2, 1, 4."),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_that_does_not_fit_changes_nothing(name: str, path: Path) -> None:
+    rows, lengths, shape, reason = BATCHES[name]
+    with ActivationStore.create(path, PROVENANCE) as store:
+        store.append([2], [1], VECTORS[:, [2]])
+        with pytest.raises(StoreError, match=reason):
+            store.append(rows, lengths, np.zeros(shape, np.float32))
+        rest = [0, 1, 3, 4]
+        store.append(rest, [1] * 4, VECTORS[:, rest])
+        np.testing.assert_array_equal(store.read_layer(SECOND), VECTORS[1])
+
+
+def test_another_thread_may_write_and_close(path: Path) -> None:
+    writer = ActivationStore.create(path, PROVENANCE)
+
+    def write() -> None:
+        with writer:
+            writer.append(range(5), [1] * 5, VECTORS)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    with ActivationStore.resume(path, PROVENANCE) as store:
+        np.testing.assert_array_equal(store.read_layer(FIRST), VECTORS[0])
+
+
 OTHERS = {
     "model": "other",
     "fingerprint": "e" * 64,
@@ -173,6 +225,9 @@ OTHERS = {
     "prompts_name": "other",
     "prompts_hash": "c" * 64,
     "n_prompts": 4,
+    "template": "plain text",
+    "truncated_to": 512,
+    "regions_hash": "c" * 64,
     "harmful": None,
     "pair_ids": None,
     "version": "9.9.9",
@@ -228,8 +283,35 @@ def test_a_flipped_bit_is_an_error_and_not_a_number(path: Path) -> None:
             store.read_layer(FIRST)
 
 
+def test_a_row_under_another_prompts_number_is_an_error_and_not_a_number(path: Path) -> None:
+    with h5py.File(filled(path), "r+") as file:
+        file["done"][:2] = file["done"][:2][::-1]
+    with ActivationStore.open(path) as store, pytest.raises(StoreError, match="prompt 1 cannot be read"):
+        store.read_layer(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("schema", "hint"),
+    [("undertow.activations/1", "An older undertow"), ("undertow.activations/3", "A newer undertow")],
+)
+def test_a_file_of_another_version_is_refused_with_the_reason(schema: str, hint: str, path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs["schema"] = schema
+        # What version 1 had, and version 2 takes for hostile.
+        file.create_dataset(FIRST, data=np.zeros((5, 4), np.float32), chunks=(5, 4), fletcher32=True)
+    with pytest.raises(StoreError, match=f"has the schema '{schema}', expected 'undertow.activations/2'") as caught:
+        ActivationStore.open(path)
+    assert hint in (caught.value.hint or "")
+
+
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-500])
+    # The last chunk is the one of `done`, and 4096 bytes long.
+    path.write_bytes(path.read_bytes()[:-4200])
+
+
+def truncate_vectors(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: data.find(VECTORS[1, 2].tobytes()) + 8])
 
 
 def no_hdf5(path: Path) -> None:
@@ -238,7 +320,12 @@ def no_hdf5(path: Path) -> None:
 
 def newer_schema(path: Path) -> None:
     with h5py.File(path, "r+") as file:
-        file.attrs["schema"] = "undertow.activations/2"
+        file.attrs["schema"] = "undertow.activations/3"
+
+
+def schema_of_many(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["schema"] = ["undertow.activations/2"] * 2
 
 
 def lost_attribute(path: Path) -> None:
@@ -306,12 +393,67 @@ def repeated_prompt(path: Path) -> None:
         file["done"][0] = file["done"][1]
 
 
+def hole_in_the_list(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["done"][0] = [0, 0]
+
+
+def endless_prompts(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["done"][:, 1] = 2**62
+
+
+def other_type(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file[FIRST]
+        file.create_dataset(FIRST, data=np.zeros((5, 4), "S4"))
+
+
+def flat_layer(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file[FIRST]
+        file.create_dataset(FIRST, data=np.zeros(5, np.float32), chunks=(2,))
+
+
+def void_layer(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file[FIRST]
+        file[FIRST] = h5py.Empty("f")
+
+
+def lost_checksums(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["checksums"]
+
+
+def list_without_columns(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["done"]
+        file["done"] = np.int64(1)
+
+
+def test_a_broken_table_in_a_file_that_claims_to_be_written_holds_nobody_up(path: Path) -> None:
+    data = bytearray(filled(path).read_bytes())
+    data[11] |= 0b101
+    for at in range(512, len(data) - 4):
+        # Object headers, of the file and of each data set.
+        if data[at : at + 5] == b"OHDR\x02":
+            data[at + 40] ^= 1
+    path.write_bytes(data)
+    start = time.monotonic()
+    with pytest.raises(StoreError, match="cannot be read"):
+        ActivationStore.open(path)
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         truncate,
+        truncate_vectors,
         no_hdf5,
         newer_schema,
+        schema_of_many,
         lost_attribute,
         garbled_attribute,
         external_link,
@@ -324,6 +466,13 @@ def repeated_prompt(path: Path) -> None:
         lost_rows,
         invented_prompt,
         repeated_prompt,
+        hole_in_the_list,
+        endless_prompts,
+        other_type,
+        flat_layer,
+        void_layer,
+        lost_checksums,
+        list_without_columns,
     ],
 )
 def test_a_damaged_or_hostile_file_is_refused(damage: Callable[[Path], None], path: Path) -> None:
