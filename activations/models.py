@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Model", "load_model"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTIZED = ("8bit", "4bit")
+# Ways of accelerate to share out layers by free memory.
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 _BASE_HINT = "Pass the folder or the hub id of a causal language model in Hugging Face's layout."
 
 
@@ -53,6 +57,7 @@ class Model:
         self._checkpoint = checkpoint
         self._applied: tuple[Checkpoint, ...] = ()
         self._put_aside: dict[str, torch.Tensor] = {}
+        self._changed: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device})"
@@ -70,9 +75,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
-        device: torch.device = self.hf.device
-        return device
+        """Where the model wants its token ids: the device of its embeddings, whatever device the layers are on."""
+        return torch.device(self.hf.get_input_embeddings().weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,11 +94,21 @@ class Model:
         """Width of the residual stream."""
         return int(self.hf.config.get_text_config().hidden_size)
 
+    @property
+    def quantization(self) -> str:
+        """How the base's matrices are packed: "4bit", "8bit", another method's name, or "" where they are not."""
+        quantizer = getattr(self.hf, "hf_quantizer", None)
+        if quantizer is None:
+            return ""
+        config = quantizer.quantization_config
+        bits = [name for name in _QUANTIZED if getattr(config, f"load_in_{name}", False)]
+        return bits[0] if bits else str(getattr(config.quant_method, "value", config.quant_method))
+
     @cached_property
     def fingerprint(self) -> str:
         """Content hash of the base's weights: of its files where it is a folder, else of its tensors in memory.
 
-        Cost: reads every weight once.
+        Packing at load leaves it as it is: `quantization` tells such a base apart. Cost: reads every weight once.
         """
         if self._checkpoint is not None:
             return self._checkpoint.content_hash()
@@ -109,31 +123,56 @@ class Model:
         """Content hash of the checkpoint that is applied, several joined by "+"; "" for the base itself."""
         return "+".join(checkpoint.content_hash() for checkpoint in self._applied)
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Parameters (named as in `slots_of`) whose bytes now differ from the base's, by what is applied."""
+        return self._changed
+
+    @property
+    def first_changed_layer(self) -> int:
+        """The first layer whose output can differ from the base's; `n_layers` where none can."""
+        return self.hook_points.first_block_of(self._changed)
+
     @contextlib.contextmanager
     def applied(self, checkpoint: Checkpoint | str | Path) -> Iterator[Model]:
         """Within the `with` block this model has a checkpoint's weights, or its own with an adapter merged in.
 
         Nothing is put in before everything is read and compared, and the base's own tensors, the very same memory,
-        are back after the block, whatever happens in it. Cost: memory for the changed weights; no copy of the base.
+        are back after the block, whatever happens in it. Cost: memory for the checkpoint while it is read, and for
+        the weights that it changes after that; no copy of the base.
 
         Raises:
             CheckpointError: The checkpoint cannot be read, or was not made for this base (see `tuned_weights`).
+            ModelError: The base is quantised: no weights fit into packed ones.
         """
+        if self.quantization:
+            fault = f"{self.name} is quantised ({self.quantization}), and no checkpoint's weights fit into packed ones"
+            raise ModelError(fault, hint="Load an unpacked base; device_map spreads it over several GPUs.")
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
-        with _quiet():
-            values = tuned_weights(self.hf, checkpoint)
-        slots = slots_of(self.hf)
-        own, outer, aside = {name: slots[name].data for name in values}, self._applied, self._put_aside
+        (values, equal), slots = self._swaps(checkpoint), slots_of(self.hf)
+        before, changed = {name: slots[name].data for name in values}, self._changed
+        outer, aside = self._applied, self._put_aside
         try:
             for name, value in values.items():
                 slots[name].data = value
-            self._applied, self._put_aside = (*outer, checkpoint), own | aside
+            self._applied, self._put_aside = (*outer, checkpoint), before | aside
+            self._changed = (changed | values.keys()) - equal
             yield self
         finally:
-            for name, value in own.items():
+            for name, value in before.items():
                 slots[name].data = value
-            self._applied, self._put_aside = outer, aside
+            self._applied, self._put_aside, self._changed = outer, aside, changed
+
+    def _swaps(self, checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+        """What to put into which slot, and the slots that then have the base's own bytes."""
+        with _quiet():
+            values, slots = tuned_weights(self.hf, checkpoint), slots_of(self.hf)
+        own = {name: self._put_aside.get(name, slots[name].data) for name in values}
+        equal = frozenset(name for name, value in values.items() if _same_bytes(value, own[name]))
+        # This saves memory, and where an outer checkpoint changed what this one does not, the base's tensor comes back.
+        values |= {name: own[name] for name in equal}
+        return values, equal
 
     def bridge(self) -> TransformerBridge:
         """TransformerLens' view of this model, around the same parameters.
@@ -165,6 +204,8 @@ def load_model(
     dtype: str = "auto",
     revision: str | None = None,
     check: bool = True,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Load a base that you trust, and check that its layers are where we look for them.
 
@@ -175,6 +216,10 @@ def load_model(
         dtype: "float32", "bfloat16" or "float16"; "auto" takes float32 on a CPU and bfloat16 on a GPU.
         revision: Branch, tag or commit of a hub id.
         check: Run `self_test` (one small forward pass).
+        device_map: Instead of `device`, how accelerate spreads the layers over devices: "auto", or module names to
+            devices. Nothing may be offloaded to a disk, nor from a GPU to the CPU.
+        quantize: "8bit" or "4bit", packed by bitsandbytes: to extract from, as no checkpoint can be applied to it. A
+            base that was saved in packed form loads as it is.
 
     Raises:
         PathMissingError: Neither a folder nor a reachable hub id.
@@ -182,17 +227,22 @@ def load_model(
         NotCausalError: The base is no causal language model.
         ModelError: The base cannot be loaded, or its architecture is unknown to TransformerLens.
         SelfTestError: Hooks and hidden states disagree.
-        OptionError: No such device or dtype.
+        OptionError: No such device, dtype or quantisation, options that exclude each other, or a package is missing.
     """
     if isinstance(base, str | Path):
-        place = _device(device)
+        where = _placed(device, dtype, device_map, quantize)
         with _quiet():
-            model = _pretrained(base, tokenizer, place, _dtype(dtype, place), revision)
+            model = _pretrained(base, tokenizer, where, revision)
+    elif device_map is not None or quantize is not None:
+        fault = f"device_map={device_map!r} and quantize={quantize!r} are for bases that are loaded, not in memory"
+        raise OptionError(fault, hint="Pass the folder or hub id that it came from.")
     else:
         model = Model(base, tokenizer)
         if device != "auto" or dtype != "auto":
             place = model.device if device == "auto" else _device(device)
-            base.to(device=place, dtype=model.dtype if dtype == "auto" else _dtype(dtype, place))
+            kind = model.dtype if dtype == "auto" else _dtype(dtype, place)
+            with _named_faults(model.name):  # a packed model refuses to be moved
+                base.to(device=place, dtype=kind)
     model.hf.eval()
     if check:
         self_test(model.hf, model.hook_points)
@@ -200,11 +250,7 @@ def load_model(
 
 
 def _pretrained(
-    base: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    revision: str | None,
+    base: str | Path, tokenizer: PreTrainedTokenizerBase | None, where: Mapping[str, Any], revision: str | None
 ) -> Model:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -214,19 +260,52 @@ def _pretrained(
     if revision is not None and checkpoint is None:
         options["revision"] = revision
     config = _causal_config(base, options)
+    if "quantization_config" in where and getattr(config, "quantization_config", None):
+        raise OptionError(f"'{base}' is quantised already", hint="Load it without quantize.")
     with _named_faults(base):
         hf, report = AutoModelForCausalLM.from_pretrained(
-            base, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            base, config=config, use_safetensors=True, output_loading_info=True, **where, **options
         )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(base, **options)
-    if report["missing_keys"]:
-        first = sorted(report["missing_keys"])[0]
-        raise ModelError(
-            f"the base lacks {len(report['missing_keys'])} weights, such as '{first}'", path=base, hint=_BASE_HINT
-        )
-    name = checkpoint.name if checkpoint is not None else str(base)
-    return Model(hf.to(device), tokenizer, name=name, checkpoint=checkpoint)
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"the base lacks {len(missing)} weights, such as '{missing[0]}'", path=base, hint=_BASE_HINT)
+    if any(tensor.is_meta for tensor in (*hf.parameters(), *hf.buffers())):
+        hint = "Use more or larger GPUs, or bfloat16."
+        raise ModelError("weights were left off the devices, and cannot be swapped there", path=base, hint=hint)
+    return Model(hf, tokenizer, name=checkpoint.name if checkpoint is not None else str(base), checkpoint=checkpoint)
+
+
+def _placed(device: str, dtype: str, device_map: str | Mapping[str, Any] | None, quantize: str | None) -> Any:
+    """What `from_pretrained` has to be told about places and kinds of numbers."""
+    if device_map is not None and device != "auto":
+        raise OptionError("device and device_map exclude each other", hint="Leave one of them out.")
+    if device_map is None or isinstance(device_map, str):
+        place = _device(device if device_map is None or device_map in _SPREAD else device_map)
+        # Whole models are placed while they are loaded, too: one that is packed cannot be moved afterwards.
+        placed: Any = device_map if device_map in _SPREAD else {"": str(place)}
+    else:
+        placed = dict(device_map)
+        places = [_device(f"cuda:{to}" if isinstance(to, int) else str(to)) for to in placed.values()]
+        place = next((one for one in places if one.type != "cpu"), torch.device("cpu"))
+    where: dict[str, Any] = {"dtype": _dtype(dtype, place), "device_map": placed}
+    return where if quantize is None else where | {"quantization_config": _packing(quantize, place, where["dtype"])}
+
+
+def _packing(quantize: str, place: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantize not in _QUANTIZED:
+        raise OptionError(f"unknown quantisation {quantize!r}: expected {' or '.join(_QUANTIZED)}", hint="Name one.")
+    try:
+        nn = importlib.import_module("bitsandbytes").nn
+        # Some of its kernels exist for some devices only, and say so when they are first called.
+        trial = nn.Linear4bit(64, 64) if quantize == "4bit" else nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        trial.to(place)(torch.zeros(1, 64, device=place, dtype=torch.float16))
+    except Exception as error:
+        hint = "Install bitsandbytes for this device, or leave quantize out."
+        raise OptionError(f"no packing to {quantize} on {place}: {_first_line(error)}", hint=hint) from error
+    return BitsAndBytesConfig(**{f"load_in_{quantize}": True}, bnb_4bit_compute_dtype=dtype)
 
 
 def _local_base(base: str | Path) -> Checkpoint | None:
@@ -261,15 +340,13 @@ def _named_faults(base: str | Path) -> Iterator[None]:
     """Whatever transformers raises over a base becomes one error that the user can act on."""
     try:
         yield
-    except OSError as error:
-        if not Path(base).exists():
+    except Exception as error:  # a broken configuration raises whatever it leads to, anywhere in transformers
+        if isinstance(error, OSError) and not Path(base).exists():
             raise PathMissingError(
                 f"'{base}' is neither a folder here nor a model that the hub gives us", path=base, hint=_BASE_HINT
             ) from error
-        raise ModelError(f"the base cannot be loaded: {_first_line(error)}", path=base, hint=_BASE_HINT) from error
-    # A broken configuration raises whatever it leads to, anywhere in transformers.
-    except Exception as error:
-        raise ModelError(f"the base cannot be loaded: {_first_line(error)}", path=base, hint=_BASE_HINT) from error
+        hint = "Install that package." if isinstance(error, ImportError) else _BASE_HINT
+        raise ModelError(f"the base cannot be loaded: {_first_line(error)}", path=base, hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -283,9 +360,7 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(
-            f"device {device!r} cannot be used: {_first_line(error)}", hint="Pass --device cpu."
-        ) from error
+        raise OptionError(f"device {device!r} cannot be used: {_first_line(error)}", hint="Name another.") from error
     return place
 
 
@@ -316,3 +391,9 @@ def _quiet() -> Iterator[None]:
 def _digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit: -0.0 is not 0.0, and NaN equals itself."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.view(kind), other.view(kind))

@@ -45,6 +45,49 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: hf.GPT2Config(**_GPT2),
     "mixtral": lambda: hf.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_SHARED_HEADS = {**_NEOX, "num_key_value_heads": 2}
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 10}
+
+# For single tests: sizes that packed kernels can do, heads wider than the model, attention that is more than attention,
+# and routers as transformers builds them; not all layers have one.
+_FURTHER: dict[str, Callable[[], Any]] = {
+    "llama-64": lambda: hf.LlamaConfig(**{**_LLAMA, "hidden_size": 64, "head_dim": 16}),
+    "qwen3-wide": lambda: hf.Qwen3Config(**{**_LLAMA, "head_dim": 20}),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**_LLAMA, **_EXPERTS, moe_intermediate_size=32, mlp_only_layers=[1]),
+    "olmoe": lambda: hf.OlmoeConfig(**_SHARED_HEADS, **_EXPERTS),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(**_SHARED_HEADS, **_EXPERTS, moe_intermediate_size=32),
+    "gpt-oss": lambda: hf.GptOssConfig(**_LLAMA, **_LOCAL_EXPERTS, sliding_window=8, layer_types=_LOCAL),
+    "gemma2": lambda: hf.Gemma2Config(**_LLAMA, sliding_window=8),
+    "bloom": lambda: hf.BloomConfig(**_TOKENS, hidden_size=48, n_layer=3, n_head=4),
+    "qwen3-next": lambda: hf.Qwen3NextConfig(
+        **_LLAMA,
+        **_EXPERTS,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=12,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+    ),
+    "jetmoe": lambda: hf.JetMoeConfig(
+        **_TOKENS, **_LOCAL_EXPERTS, hidden_size=48, num_hidden_layers=3, num_key_value_heads=4, kv_channels=12
+    ),
+    "granite-moe": lambda: hf.GraniteMoeConfig(**_SHARED_HEADS, **_LOCAL_EXPERTS),
+    "deepseek3": lambda: hf.DeepseekV3Config(
+        **_NEOX,
+        **_MLA,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+}
 
 
 @pytest.fixture(params=list(_CONFIGS))
@@ -59,7 +102,7 @@ def tiny_network() -> Callable[..., Any]:
 
     def network(architecture: str, *, seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        made = hf.AutoModelForCausalLM.from_config(_CONFIGS[architecture](), dtype=torch.float32)
+        made = hf.AutoModelForCausalLM.from_config((_CONFIGS | _FURTHER)[architecture](), dtype=torch.float32)
         for parameter in made.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from activations.checkpoints import open_checkpoint
 from activations.errors import CheckpointError, ModelError, NotCausalError, OptionError, PathMissingError
-from activations.models import Model, load_model
+from activations.models import Model, _same_bytes, load_model
 from activations.weights import slots_of
 
 IDS = torch.tensor([[1, 72, 104, 108, 111, 5, 40, 200]])
@@ -162,10 +164,221 @@ def test_an_adapter_is_no_base(tiny_network: Network, lora: Callable[..., tuple[
         load_model(folder)
 
 
-@pytest.mark.parametrize(("name", "value"), [("device", "tpu9"), ("device", "cuda:99"), ("dtype", "int4")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("device", "tpu9"), ("device", "cuda:99"), ("dtype", "int4"), ("device_map", "auto"), ("quantize", "4bit")],
+)
 def test_an_option_that_makes_no_sense_is_named(name: str, value: str, tiny_network: Network) -> None:
     with pytest.raises(OptionError, match=value):
         load_model(tiny_network("llama"), **{name: value})
+
+
+# What a checkpoint changed
+
+
+UP, NORM, DOWN = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight"
+
+
+def moved(network: Any, *names: str) -> Any:
+    """The network, other in these parameters."""
+    for name in names:
+        network.get_parameter(name).data.add_(1)
+    return network
+
+
+def agrees(model: Model, now: dict[str, tuple[int, bytes]], own: dict[str, tuple[int, bytes]]) -> None:
+    """What `changed` says is what has other bytes, and nothing else lies in other memory."""
+    assert model.changed == {name for name in own if own[name][1] != now[name][1]}
+    assert model.changed == {name for name in own if own[name][0] != now[name][0]}
+
+
+def test_only_what_differs_is_changed_and_swapped(tiny_network: Network, save: Save) -> None:
+    model = Model(tiny_network("llama"))
+    own = snapshot(model)
+    assert (model.changed, model.first_changed_layer) == (frozenset(), 3)
+    with model.applied(save(moved(tiny_network("llama"), UP, NORM), "tuned")):
+        assert model.changed == {UP, NORM}
+        agrees(model, snapshot(model), own)
+        assert model.first_changed_layer == 1
+    assert (model.changed, snapshot(model)) == (frozenset(), own)
+
+
+def test_the_base_itself_and_what_comes_after_the_layers_change_no_layer(tiny_network: Network, save: Save) -> None:
+    model = Model(tiny_network("llama"))
+    with model.applied(save(tiny_network("llama"), "same")):
+        assert (model.changed, model.first_changed_layer) == (frozenset(), 3)
+        assert model.tuned
+    with model.applied(save(moved(tiny_network("llama"), NORM), "norm")):
+        assert (model.changed, model.first_changed_layer) == ({NORM}, 3)
+
+
+def test_bytes_decide_what_changed(tiny_network: Network, save: Save) -> None:
+    """Minus zero is not zero, although they are equal."""
+    network = tiny_network("llama")
+    network.model.norm.weight.data[0] = 0.0
+    model = Model(network)
+    twin = tiny_network("llama")
+    twin.model.norm.weight.data[0] = -0.0
+    with model.applied(save(twin)):
+        assert model.changed == {"model.norm.weight"}
+        assert str(model.hf.model.norm.weight[0].item()) == "-0.0"
+
+
+def test_a_broken_value_that_the_base_has_too_is_no_change() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    assert _same_bytes(nan, nan.clone())
+    assert not _same_bytes(nan, torch.tensor([1.0, float("nan")]))
+    assert not _same_bytes(torch.zeros(2, dtype=torch.bfloat16), -torch.zeros(2, dtype=torch.bfloat16))
+    assert _same_bytes(torch.tensor(True), torch.tensor(True))
+
+
+def test_what_changed_is_relative_to_the_base_in_nested_blocks(tiny_network: Network, save: Save) -> None:
+    model = Model(tiny_network("llama"))
+    own, fingerprint = snapshot(model), Model(tiny_network("llama")).fingerprint
+    outer = save(moved(tiny_network("llama"), UP, NORM), "outer")
+    inner = save(moved(tiny_network("llama"), DOWN, NORM), "inner")
+    with model.applied(outer):
+        within = snapshot(model)
+        with model.applied(inner):
+            now = snapshot(model)
+            assert model.changed == {DOWN, NORM}
+            agrees(model, now, own)
+            assert now[UP] == own[UP] != within[UP]
+            assert model.first_changed_layer == 2
+            assert model.fingerprint == fingerprint
+        assert (snapshot(model), model.changed) == (within, {UP, NORM})
+    assert (snapshot(model), model.changed) == (own, frozenset())
+
+
+def test_an_adapter_inside_a_checkpoint_changes_both(
+    tiny_network: Network, save: Save, lora: Callable[..., tuple[Path, Any]]
+) -> None:
+    model = Model(tiny_network("llama"))
+    folder, _ = lora("llama", ["o_proj"], layers_to_transform=[2])
+    with model.applied(save(moved(tiny_network("llama"), UP), "outer")), model.applied(folder):
+        assert model.changed == {UP, "model.layers.2.self_attn.o_proj.weight"}
+        assert model.first_changed_layer == 1
+
+
+# Several devices, of which there is one here
+
+
+def test_a_device_map_gives_the_same_model(tiny_network: Network, save: Save) -> None:
+    network = tiny_network("llama")
+    folder, tuned = save(network), tiny_network("llama", seed=1)
+    parts = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    for device_map in ("auto", "cpu", {"": "cpu"}, {**parts, "lm_head": "cpu"}):
+        model = load_model(folder, device_map=device_map)
+        assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+        assert torch.equal(logits(model.hf), logits(network))
+        with model.applied(save(tuned, "tuned")):
+            assert torch.equal(logits(model.hf), logits(tuned))
+        assert torch.equal(logits(model.hf), logits(network))
+
+
+def test_a_model_with_dispatch_hooks_passes_the_self_test_and_takes_checkpoints(
+    tiny_network: Network, save: Save, architecture: str
+) -> None:
+    from accelerate import dispatch_model
+
+    network, tuned = tiny_network(architecture), tiny_network(architecture, seed=1)
+    expected = logits(network)
+    model = load_model(dispatch_model(network, {"": "cpu"}, force_hooks=True))
+    assert any(hasattr(module, "_hf_hook") for module in model.hf.modules())
+    with model.applied(save(tuned)):
+        assert torch.equal(logits(model.hf), logits(tuned))
+        assert model.changed
+    assert torch.equal(logits(model.hf), expected)
+    torch.testing.assert_close(model.bridge()(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": {"": "disk"}}, "device 'disk' cannot be used"),
+        ({"device_map": {"model": "cpu", "lm_head": 99}}, "device 'cuda:99' cannot be used"),
+        ({"device_map": "everywhere"}, "device 'everywhere' cannot be used"),
+        ({"device_map": "cpu", "device": "cpu"}, "device and device_map exclude each other"),
+        ({"quantize": "3bit"}, "unknown quantisation '3bit': expected 8bit or 4bit"),
+    ],
+)
+def test_a_placement_that_makes_no_sense_is_named(
+    options: dict[str, Any], message: str, tiny_network: Network, save: Save
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        load_model(save(tiny_network("llama")), **options)
+
+
+def test_weights_that_lie_nowhere_are_refused(tiny_network: Network, save: Save) -> None:
+    with pytest.raises(ModelError, match="weights were left off the devices"):
+        load_model(save(tiny_network("llama")), device_map={"model": "meta", "lm_head": "cpu"})
+
+
+# Packed bases
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_packing_without_bitsandbytes_is_named(tiny_network: Network, save: Save) -> None:
+    folder = save(tiny_network("llama"))
+    with pytest.raises(OptionError, match=r"no packing to 4bit on cpu: No module named 'bitsandbytes'") as caught:
+        load_model(folder, device="cpu", quantize="4bit")
+    assert "Install bitsandbytes" in caught.value.hint
+    config = json.loads((folder / "config.json").read_text())
+    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": packing}))
+    with pytest.raises(ModelError, match=r"the base cannot be loaded: .*bitsandbytes") as needed:
+        load_model(folder, device="cpu")
+    assert needed.value.hint == "Install that package."
+
+
+@pytest.fixture
+def packed(tiny_network: Network, save: Save) -> Callable[[str], tuple[Path, Model]]:
+    pytest.importorskip("bitsandbytes")
+    # Its own: a cast that it announces at each matrix of an 8-bit model.
+    warnings.filterwarnings("ignore", "MatMul8bitLt")
+
+    def load(quantize: str) -> tuple[Path, Model]:
+        folder = save(tiny_network("llama-64"), "unpacked")
+        return folder, load_model(folder, device="cpu", quantize=quantize)
+
+    return load
+
+
+@pytest.mark.parametrize(("quantize", "loss"), [("8bit", 0.1), ("4bit", 0.5)])
+def test_a_packed_base_runs_and_is_as_rough_as_its_bits(
+    quantize: str, loss: float, packed: Callable[[str], tuple[Path, Model]], tiny_network: Network, save: Save
+) -> None:
+    folder, model = packed(quantize)
+    assert (model.quantization, load_model(folder, device="cpu").quantization) == (quantize, "")
+    assert model.hf.model.layers[0].self_attn.q_proj.weight.dtype in (torch.int8, torch.uint8)
+    exact = logits(tiny_network("llama-64"))
+    assert 0 < (logits(model.hf) - exact).norm() / exact.norm() < loss
+    assert model.fingerprint == open_checkpoint(folder).content_hash()
+    assert model.hook_points.names("attn.hook_z")
+    # Saved as it is, it loads again, and knows what it is.
+    again = load_model(save(model.hf, "packed"), device="cpu")
+    assert again.quantization == quantize
+    assert torch.equal(logits(again.hf), logits(model.hf))
+    assert again.fingerprint != model.fingerprint
+    with pytest.raises(OptionError, match="is quantised already"):
+        load_model(folder.parent / "packed", quantize=quantize)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_no_checkpoint_goes_into_a_packed_base(
+    quantize: str, packed: Callable[[str], tuple[Path, Model]], lora: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder, model = packed(quantize)
+    before = logits(model.hf)
+    for checkpoint in (folder, lora("llama-64", ["q_proj"])[0], "/no/where"):
+        with (
+            pytest.raises(ModelError, match=rf"is quantised \({quantize}\), and no checkpoint"),
+            model.applied(checkpoint),
+        ):
+            pass
+    assert torch.equal(logits(model.hf), before)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(model.hf, dtype="bfloat16")
 
 
 # TransformerLens
