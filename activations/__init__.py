@@ -13,15 +13,19 @@ from activations.lazy import export
 if TYPE_CHECKING:
     from activations.checkpoints import Checkpoint, open_checkpoint
     from activations.errors import UndertowError
-    from activations.extract import Activations, capture, extract
+    from activations.extract import extract
+    from activations.forward import capture
     from activations.models import Model, load_model
     from activations.prompts import PromptSet, load_prompts
+    from activations.results import Activations
+    from activations.reuse import ResidualCache
 
 __all__ = [
     "Activations",
     "Checkpoint",
     "Model",
     "PromptSet",
+    "ResidualCache",
     "UndertowError",
     "capture",
     "extract",
@@ -33,12 +37,13 @@ __all__ = [
 export(
     __name__,
     {
-        "Activations": "activations.extract",
+        "Activations": "activations.results",
         "Checkpoint": "activations.checkpoints",
         "Model": "activations.models",
         "PromptSet": "activations.prompts",
+        "ResidualCache": "activations.reuse",
         "UndertowError": "activations.errors",
-        "capture": "activations.extract",
+        "capture": "activations.forward",
         "extract": "activations.extract",
         "load_model": "activations.models",
         "load_prompts": "activations.prompts",

@@ -17,7 +17,7 @@ from activations.models import Model
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["answer_logprobs", "answer_text", "greedy_opening"]
+__all__ = ["answer_ids", "answer_logprobs", "answer_text", "greedy_opening"]
 
 MAX_TOKENS = 4096
 
@@ -70,10 +70,10 @@ def greedy_opening(model: Model, prompts: Sequence[Sequence[int]], *, count: int
 
 
 @torch.inference_mode()
-def answer_text(
+def answer_ids(
     model: Model, prompts: Sequence[Sequence[int]], *, count: int, temperature: float = 0.0, seed: int = 0
-) -> list[str]:
-    """Answers as text, up to where the model ends them, special tokens left out.
+) -> list[list[int]]:
+    """Answers as token ids, each with the token that ends it if it ends within `count` tokens.
 
     Only the end tokens are taken from the base's generation settings: a temperature or a penalty for repetition there
     changes nothing here.
@@ -85,7 +85,7 @@ def answer_text(
         temperature: 0 for the most likely token each time; above, sampled from the softened distribution.
         seed: Of the sampling; the caller's random state is left as it was.
     """
-    texts = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     ends = _end_ids(model)
     # Every GPU's state by name: left to itself, torch warns where there are several.
     with _generation(model, count, temperature) as how, torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -96,8 +96,18 @@ def answer_text(
             for row, tokens in zip(batch.rows, out[:, ids.shape[1] :].tolist(), strict=True):
                 # What follows the end is padding, and with a tokenizer that has no pad token padding is text.
                 said = list(takewhile(lambda token: token not in ends, tokens))
-                texts[row] = model.tokenizer.decode(said, skip_special_tokens=True)
-    return texts
+                answers[row] = tokens[: len(said) + 1]
+    return answers
+
+
+def answer_text(
+    model: Model, prompts: Sequence[Sequence[int]], *, count: int, temperature: float = 0.0, seed: int = 0
+) -> list[str]:
+    """Answers as text, up to where the model ends them, special tokens left out; see `answer_ids`."""
+    ends = _end_ids(model)
+    answers = answer_ids(model, prompts, count=count, temperature=temperature, seed=seed)
+    said = [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
+    return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
 
 
 @contextmanager

@@ -1,43 +1,209 @@
-"""From token ids to padded batches, and from the hidden states of a batch to one vector a prompt."""
+"""From tokenised prompts to batches, and from the hidden states of a batch to what is kept of each prompt.
+
+A batch is either packed (one row, prompts one behind the other, nothing wasted) or padded on the right. Both are
+addressed alike: hidden states [row, token, width] are flattened to [position, width], and a prompt's tokens are
+consecutive positions from its start on. Tokens that all prompts of a batch share in front may be left out of it: their
+hidden states were computed once, and are positions 0 to `prefix`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, cast, get_args
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations.errors import OptionError
+from activations.errors import OptionError, PromptError
+from activations.tokens import REGIONS, Tokenised
 
-__all__ = ["MAX_TOKENS", "POOLINGS", "Batch", "Pooling", "check_pooling", "pool", "positions", "token_batches"]
+__all__ = ["MAX_TOKENS", "Batch", "Pick", "Pooling", "length_order", "next_batch", "pick", "token_batches"]
 
-Pooling = Literal["last", "mean", "max", "all"]
-POOLINGS: tuple[str, ...] = get_args(Pooling)
+# Tokens in a batch on a CPU. Packed batches of 512 to 2,048 take the same time within noise, 4,096 a fifth more.
+MAX_TOKENS = 1024
 
-# Padded tokens in a batch: the fastest of 1,024, 2,048 and 8,192 on a CPU at d_model 512 (the others 1.1x and 1.9x).
-MAX_TOKENS = 2048
+# Token ids of each prompt, by row.
+Ids = Sequence[Sequence[int]] | Mapping[int, Int[np.ndarray, " token"]]
+
+Reduction = Literal["last", "mean", "max", "all"]
+_REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+_POOLING = re.compile(rf"({'|'.join(_REDUCTIONS)})(?:@({'|'.join(REGIONS)})(?:\[(-?\d{{1,6}})?:(-?\d{{1,6}})?\])?)?")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What is kept of each prompt: a reduction over some of its tokens.
+
+    Written "last", "mean@user", "all@answer[:4]": reduction, region (by default the prompt), and a slice of the region
+    as Python writes it.
+
+    Attributes:
+        reduction: One vector a prompt ("last" token, "mean", "max"), or "all" tokens.
+        region: One of `activations.tokens.REGIONS`.
+        start: First of the region's tokens that counts, as in a slice.
+        stop: The one after the last, as in a slice.
+    """
+
+    reduction: Reduction
+    region: str = "prompt"
+    start: int | None = None
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the written form.
+
+        Raises:
+            OptionError: It is not of that form.
+        """
+        match = _POOLING.fullmatch(text)
+        if match is None:
+            raise OptionError(
+                f"unknown pooling {text!r}: expected {', '.join(_REDUCTIONS)}, alone or with a region as 'mean@user' "
+                f"({', '.join(REGIONS)}) and a slice as 'all@answer[:4]'",
+                hint="Pass pooling='last'.",
+            )
+        start, stop = (None if end is None else int(end) for end in match.group(3, 4))
+        return cls(cast(Reduction, match[1]), match[2] or "prompt", start, stop)
+
+    def tokens(self, prompt: Tokenised, row: int) -> tuple[int, int]:
+        """First token kept of a prompt, and the one after the last.
+
+        Raises:
+            PromptError: None is left.
+        """
+        start, stop = prompt.regions[self.region]
+        first, last, _ = slice(self.start, self.stop).indices(stop - start)
+        if first >= last:
+            raise PromptError(
+                f"prompt {row} has no token at {self.region!r} to pool: the region has {stop - start}",
+                hint="Give an answer or a template that has it, or pool another region.",
+            )
+        return (start + last - 1 if self.reduction == "last" else start + first), start + last
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of similar length, padded on the right.
+    """Some prompts as one tensor.
 
     Attributes:
-        input_ids: Token ids.
-        mask: True where a token is the prompt's, False where it is padding.
-        rows: Index of each prompt in the sequence that the batch was cut from.
+        input_ids: One row of all prompts' tokens where the batch is packed, else one row a prompt, padded on the right.
+        starts: Position of each prompt's first token in the flattened batch.
+        lengths: Tokens of each prompt in the batch.
+        rows: Which prompts these are.
+        packed: Whether the prompts share one row.
+        prefix: Tokens at the beginning of every prompt that `input_ids` leaves out.
     """
 
-    input_ids: Int[Tensor, "prompt token"]
-    mask: Bool[Tensor, "prompt token"]
+    input_ids: Int[Tensor, "row token"]
+    starts: Int[np.ndarray, " prompt"]
+    lengths: Int[np.ndarray, " prompt"]
     rows: tuple[int, ...]
+    packed: bool
+    prefix: int = 0
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.mask.to(device), self.rows)
+    @property
+    def position_ids(self) -> Int[Tensor, "row token"] | None:
+        """Position of each token in its prompt where that is not its column; None in a padded batch."""
+        if not self.packed:
+            return None
+        inside = np.arange(self.lengths.sum()) - np.repeat(self.starts, self.lengths) + self.prefix
+        return torch.from_numpy(inside)[None]
+
+    def positions(self, prompt: int, start: int, stop: int) -> Int[np.ndarray, " token"]:
+        """Where the tokens from start to stop of the batch's i-th prompt lie, behind the shared prefix."""
+        inside = np.arange(start, stop)
+        return np.where(inside < self.prefix, inside, inside + self.starts[prompt])
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What one pooling keeps of one batch.
+
+    Attributes:
+        reduction: How each prompt's tokens become vectors.
+        positions: Positions kept, prompt after prompt.
+        counts: How many of each prompt.
+    """
+
+    reduction: Reduction
+    positions: Int[Tensor, " position"]
+    counts: Int[Tensor, " prompt"]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Vectors that each prompt ends with."""
+        return self.counts.tolist() if self.reduction == "all" else [1] * len(self.counts)
+
+    def to(self, device: torch.device) -> Pick:
+        """The same on another device; it is not waited for."""
+        here = (tensor.to(device, non_blocking=True) for tensor in (self.positions, self.counts))
+        return Pick(self.reduction, *here)
+
+    def of(self, flat: Float[Tensor, "position width"]) -> Float[Tensor, "vector width"]:
+        """Reduce the flattened hidden states of the batch, in float32."""
+        kept = flat.index_select(0, self.positions).float()
+        if self.reduction in ("last", "all"):
+            return kept
+        return torch.segment_reduce(kept, self.reduction, lengths=self.counts, unsafe=True)
+
+
+def pick(batch: Batch, prompts: Mapping[int, Tokenised], pooling: Pooling) -> Pick:
+    """Where a batch holds what a pooling keeps.
+
+    Raises:
+        PromptError: A prompt has no token there.
+    """
+    spans = [pooling.tokens(prompts[row], row) for row in batch.rows]
+    positions = [batch.positions(i, *span) for i, span in enumerate(spans)]
+    counts = [stop - start for start, stop in spans]
+    return Pick(pooling.reduction, torch.from_numpy(np.concatenate(positions)), torch.tensor(counts))
+
+
+def length_order(ids: Ids, rows: Iterable[int]) -> list[int]:
+    """Longest prompts first: neighbours fit together, and a batch that is too large for the memory fails at once."""
+    return sorted(rows, key=lambda row: -len(ids[row]))
+
+
+def next_batch(
+    ids: Ids,
+    order: Sequence[int],
+    *,
+    max_tokens: int,
+    packed: bool = False,
+    prefix: int = 0,
+    pad_id: int = 0,
+) -> Batch:
+    """The first prompts of `order` that fit into one batch, at least one.
+
+    Args:
+        ids: Token ids of each prompt, none empty.
+        order: Rows in the order in which to take them, longest first.
+        max_tokens: Budget, padding included.
+        packed: Put them one behind the other in one row.
+        prefix: Tokens at the beginning of every prompt to leave out.
+        pad_id: Any id of the vocabulary: no prompt's result depends on it.
+    """
+    if max_tokens < 1:
+        raise OptionError(f"max_tokens is {max_tokens}: expected at least 1", hint="Pass for instance 2048.")
+    longest = len(ids[order[0]]) - prefix
+    if packed:
+        ends = np.cumsum([len(ids[row]) - prefix for row in order[: max_tokens + 1]])
+        count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+    else:
+        count = max(1, max_tokens // longest)
+    rows = tuple(order[:count])
+    lengths = np.array([len(ids[row]) - prefix for row in rows])
+    tokens = np.concatenate([np.asarray(ids[row][prefix:], dtype=np.int64) for row in rows])
+    if packed:
+        return Batch(torch.from_numpy(tokens)[None], np.cumsum(lengths) - lengths, lengths, rows, True, prefix)
+    grid = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    grid[np.arange(longest) < lengths[:, None]] = tokens
+    return Batch(torch.from_numpy(grid), np.arange(len(rows)) * longest, lengths, rows, False, prefix)
 
 
 def token_batches(
@@ -45,95 +211,16 @@ def token_batches(
     *,
     rows: Iterable[int] | None = None,
     max_tokens: int = MAX_TOKENS,
-    pad_id: int = 0,
+    packed: bool = False,
 ) -> Iterator[Batch]:
-    """Cut prompts into batches of at most `max_tokens` padded tokens, longest prompts first.
-
-    Sorting by length leaves little padding; starting with the longest makes a batch that does not fit into memory
-    fail at once. A prompt longer than the budget travels alone.
-
-    Args:
-        ids: Token ids of each prompt, none empty.
-        rows: Which prompts to batch; all when None.
-        max_tokens: Budget of one batch, padding included.
-        pad_id: Any id of the vocabulary: no prompt's result depends on it.
+    """Cut prompts into batches of at most `max_tokens`, longest prompts first; a longer prompt travels alone.
 
     Raises:
         OptionError: `max_tokens` is not positive.
     """
-    if max_tokens < 1:
-        raise OptionError(f"max_tokens is {max_tokens}: expected at least 1", hint="Pass for instance 2048.")
-    order = sorted(range(len(ids)) if rows is None else rows, key=lambda row: -len(ids[row]))
+    order = length_order(ids, range(len(ids)) if rows is None else rows)
     start = 0
     while start < len(order):
-        count = max(1, max_tokens // len(ids[order[start]]))
-        yield _padded(ids, tuple(order[start : start + count]), pad_id)
-        start += count
-
-
-def positions(mask: Bool[Tensor, "prompt token"]) -> Int[Tensor, "prompt token"]:
-    """Position of each token in its prompt, 0 at padding before it; padding on either side."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def check_pooling(pooling: str) -> Pooling:
-    """Return `pooling` if it is one of `POOLINGS`.
-
-    Raises:
-        OptionError: It is not.
-    """
-    for known in get_args(Pooling):
-        if pooling == known:
-            return known  # type: ignore[no-any-return]  # typeshed gives get_args' items as Any
-    raise OptionError(
-        f"unknown pooling {pooling!r}: expected one of {', '.join(POOLINGS)}", hint="Pass pooling='last'."
-    )
-
-
-def pool(
-    hidden: Float[Tensor, "prompt token d_model"], mask: Bool[Tensor, "prompt token"], pooling: Pooling
-) -> Float[Tensor, "vector d_model"]:
-    """Reduce hidden states to what is kept of them, in float32.
-
-    Args:
-        hidden: Hidden states of one batch, any float dtype.
-        mask: True at the tokens that count, at least one a prompt; padding on either side.
-        pooling: One vector a prompt: its "last" token's, or the "mean" or "max" of its tokens'; or "all" vectors of
-            its tokens, one prompt after the other.
-    """
-    return _REDUCTIONS[pooling](hidden, mask)
-
-
-def _last(hidden: Tensor, mask: Tensor) -> Tensor:
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    last = (steps * mask).argmax(dim=1)
-    return hidden[torch.arange(len(last), device=mask.device), last].float()
-
-
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    kept = hidden.float().masked_fill(~mask[..., None], 0.0)
-    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)
-
-
-def _max(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden.masked_fill(~mask[..., None], float("-inf")).amax(dim=1).float()
-
-
-def _all(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden[mask].float()
-
-
-def _padded(ids: Sequence[Sequence[int]], rows: tuple[int, ...], pad_id: int) -> Batch:
-    lengths = torch.tensor([len(ids[row]) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.full(mask.shape, pad_id)
-    input_ids[mask] = torch.tensor([token for row in rows for token in ids[row]])
-    return Batch(input_ids, mask, rows)
-
-
-_REDUCTIONS: dict[Pooling, Callable[[Tensor, Tensor], Tensor]] = {
-    "last": _last,
-    "mean": _mean,
-    "max": _max,
-    "all": _all,
-}
+        batch = next_batch(ids, order[start:], max_tokens=max_tokens, packed=packed)
+        yield batch
+        start += len(batch.rows)

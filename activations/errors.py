@@ -15,6 +15,7 @@
     ├── ModelError                model            a base that cannot be loaded or run
     │   ├── NotCausalError        not-causal-lm    a base that is no causal language model
     │   ├── HookPointError        hook-point       a place in the model that does not exist
+    │   ├── MemoryLimitError      memory           not even one prompt fits into the device's memory
     │   └── SelfTestError         self-test        our hooks and the model's hidden states disagree
     ├── PromptError               prompts          a prompt set that cannot be read
     │   └── LabelError            one-class        labels of one class, or not one for each prompt
@@ -40,6 +41,7 @@ __all__ = [
     "HookPointError",
     "LabelError",
     "LfsPointerError",
+    "MemoryLimitError",
     "MismatchError",
     "MissingShardError",
     "ModelError",
@@ -195,6 +197,12 @@ class HookPointError(ModelError):
     """The model has no such hook point."""
 
     code = "hook-point"
+
+
+class MemoryLimitError(ModelError):
+    """Not even one prompt fits into the device's memory."""
+
+    code = "memory"
 
 
 class SelfTestError(ModelError):

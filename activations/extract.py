@@ -1,111 +1,67 @@
-"""Hooks in a context manager, and the extraction loop.
-
-Prompts become token ids, and ids become batches of similar length. One forward pass a batch runs until the last wanted
-hook point; each hook keeps what the pooling asks for, and only that leaves the device.
-"""
+"""Prompts in, what a model holds while it reads them out: in memory, or in files that a later run goes on with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import overload
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from activations.batching import MAX_TOKENS, Batch, Pooling, check_pooling, pool, token_batches
-from activations.errors import HookPointError, OptionError, PromptError
-from activations.hook_points import RESID_POST, layer_of
+from activations.answers import answer_ids
+from activations.background import behind
+from activations.batching import Pooling
+from activations.errors import OptionError
+from activations.forward import Extracted, capture
+from activations.hook_points import RESID_POST
 from activations.models import Model
-from activations.prompts import PromptSet, format_prompt, template_hash, texts_hash
-from activations.store import ActivationStore, Provenance
+from activations.prompts import PromptSet, texts_hash
+from activations.provenance import Provenance
+from activations.results import Activations
+from activations.reuse import ResidualCache
+from activations.store import ActivationStore
+from activations.stream import Plan, stream
+from activations.tokens import Conversation, template_hash, tokenise
 
-__all__ = ["Activations", "Extracted", "capture", "extract", "stream"]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What a model holds at some places while it reads some prompts.
-
-    Attributes:
-        values: One vector a hook point and prompt; without prompts where the pooling keeps "all" tokens.
-        provenance: The model, places, prompts and settings that these come from.
-        tokens: For pooling "all" one array a prompt, with one vector a hook point and token; else ().
-    """
-
-    values: Float[np.ndarray, "hook_point prompt d_model"]
-    provenance: Provenance
-    tokens: tuple[Float[np.ndarray, "hook_point token d_model"], ...] = ()
-
-    @property
-    def hook_points(self) -> tuple[str, ...]:
-        """Names of the places, in the order of the values."""
-        return self.provenance.hook_points
-
-    @property
-    def pooling(self) -> str:
-        """What was kept of each prompt's tokens."""
-        return self.provenance.pooling
-
-    @property
-    def labels(self) -> Bool[np.ndarray, " prompt"] | None:
-        """True where a prompt is harmful; None for prompts without labels."""
-        harmful = self.provenance.harmful
-        return None if harmful is None else np.array(harmful, dtype=bool)
-
-    def layer(self, which: int | str) -> Float[np.ndarray, "prompt d_model"]:
-        """The vectors of one hook point, by its name, or by its layer where that has only one.
-
-        Raises:
-            HookPointError: It was not extracted, or the layer has several.
-        """
-        found = [i for i, name in enumerate(self.hook_points) if which in (name, layer_of(name))]
-        if len(found) != 1:
-            raise HookPointError(
-                f"{which!r} stands for {len(found)} of the extracted hook points, expected one",
-                hint=f"Extracted were: {', '.join(self.hook_points)}.",
-            )
-        vectors: np.ndarray = self.values[found[0]]
-        return vectors
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to a new HDF5 file (see `activations.store`).
-
-        Raises:
-            StoreError: Something lies at the path already, or it cannot be written.
-        """
-        kept = self.tokens or [self.values]
-        lengths = [array.shape[1] for array in self.tokens] or [1] * self.provenance.n_prompts
-        with ActivationStore.create(path, self.provenance) as store:
-            store.append(range(self.provenance.n_prompts), lengths, np.concatenate(kept, axis=1))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Activations:
-        """Read what `save` wrote, or a finished `extract(..., out=path)`.
-
-        Raises:
-            PathMissingError, StoreError: The file is missing, broken or unfinished.
-        """
-        with ActivationStore.open(path) as store:
-            return _from_store(store)
+__all__ = ["extract"]
 
 
-class Extracted(NamedTuple):
-    """What one batch gave: the vectors of its prompts, one prompt after the other.
+@overload
+def extract(
+    model: Model,
+    prompts: PromptSet | Sequence[str],
+    *,
+    hook_points: Sequence[str] | None = ...,
+    pooling: str = ...,
+    system: str = ...,
+    answers: Sequence[str] | Sequence[Sequence[int]] | int | None = ...,
+    span: str | Sequence[str] | None = ...,
+    truncate_to: int | None = ...,
+    max_tokens: int | None = ...,
+    reuse: ResidualCache | None = ...,
+    out: str | Path | None = ...,
+) -> Activations: ...
 
-    Attributes:
-        rows: The prompts.
-        lengths: Vectors of each: 1, or its number of tokens where the pooling keeps "all".
-        vectors: In float32, on the CPU.
-    """
 
-    rows: tuple[int, ...]
-    lengths: list[int]
-    vectors: Float[np.ndarray, "hook_point vector d_model"]
+@overload
+def extract(
+    model: Model,
+    prompts: PromptSet | Sequence[str],
+    *,
+    hook_points: Sequence[str] | None = ...,
+    pooling: list[str] | tuple[str, ...],
+    system: str = ...,
+    answers: Sequence[str] | Sequence[Sequence[int]] | int | None = ...,
+    span: str | Sequence[str] | None = ...,
+    truncate_to: int | None = ...,
+    max_tokens: int | None = ...,
+    reuse: ResidualCache | None = ...,
+    out: str | Path | None = ...,
+) -> dict[str, Activations]: ...
 
 
 def extract(
@@ -113,194 +69,186 @@ def extract(
     prompts: PromptSet | Sequence[str],
     *,
     hook_points: Sequence[str] | None = None,
-    pooling: str = "last",
-    max_tokens: int = MAX_TOKENS,
-    out: str | Path | None = None,
+    pooling: str | list[str] | tuple[str, ...] = "last",
     system: str = "",
-) -> Activations:
+    answers: Sequence[str] | Sequence[Sequence[int]] | int | None = None,
+    span: str | Sequence[str] | None = None,
+    truncate_to: int | None = None,
+    max_tokens: int | None = None,
+    reuse: ResidualCache | None = None,
+    out: str | Path | None = None,
+) -> Activations | dict[str, Activations]:
     """Read prompts with a model, and keep what it holds at some places.
 
+        extract(model, prompts)                                        # last prompt token, every layer
+        extract(model, prompts, pooling=["last", "mean@user"])         # two in one pass, in a dictionary
+        extract(model, prompts, pooling="all@answer[:4]", answers=16)  # of up to 16 tokens that the model writes
+
     Cost: one forward pass over the prompts up to the last hook point, and one hash of the weights per model. Memory
-    beyond the model: one batch's hidden states at one layer, and the result; `stream` does without the result.
+    beyond the model: one batch at one layer, the token ids, and the result unless it goes to `out`.
 
     Args:
         model: The model, with whatever checkpoint is applied to it.
         prompts: A prompt set, or plain texts.
         hook_points: Names such as "blocks.12.hook_resid_post"; by default the residual stream after every block.
-        pooling: "last", "mean" or "max" over a prompt's tokens, or "all" of them.
-        max_tokens: Padded tokens in a batch; decides speed and memory, not the result.
-        out: HDF5 file to write batch by batch; an interrupted run goes on where it stopped.
+        pooling: What to keep of each prompt, see `activations.batching.Pooling`; several give a dictionary.
         system: System prompt before each prompt.
+        answers: What follows each prompt, as text or token ids; a number lets the model write so many, greedily.
+        span: Text to find in each prompt, for the region "span": one for all, or one for each.
+        truncate_to: Cut longer conversations to so many tokens, at the end of the user's text; without it they are
+            an error where the model cannot read them.
+        max_tokens: Tokens in a batch; decides speed and memory, not the result. By default by the device.
+        reuse: Start where the layers that a checkpoint changed begin, see `ResidualCache`.
+        out: HDF5 file to write batch by batch (with several poolings a folder of them); an interrupted run goes on
+            where it stopped.
 
     Returns:
         The activations, in the order of the prompts.
 
     Raises:
         HookPointError: The model has no such hook point.
-        PromptError: A prompt is empty, or longer than the model can read.
-        OptionError: No such pooling, or nothing to extract.
+        PromptError: A prompt is empty, longer than the model can read, or lacks what a pooling asks for.
+        OptionError: No such pooling, hook points of different widths, another model's `reuse`, or nothing to extract.
+        NonFiniteError: An activation is NaN or infinite.
+        MemoryLimitError: Not even one prompt fits into memory.
         StoreError: `out` cannot be written, or holds something else.
     """
     names = model.hook_points.names(RESID_POST) if hook_points is None else tuple(hook_points)
-    how = check_pooling(pooling)
-    ids = _token_ids(model, prompts, system)
-    provenance = _provenance(model, prompts, names, how, system)
+    texts = prompts.prompts if isinstance(prompts, PromptSet) else tuple(prompts)
+    poolings = {text: Pooling.parse(text) for text in ([pooling] if isinstance(pooling, str) else pooling)}
+    _check(names, texts, poolings)
+    if reuse is not None:
+        reuse.require(model)
+    conversation = Conversation(system, None, span, truncate_to)
+    if isinstance(answers, int):
+        answers = _written(model, texts, conversation, answers)
+    conversation = replace(conversation, answers=answers)
+    conversation.require_one_each(len(texts))
+    plan = Plan(names, poolings, conversation, max_tokens, reuse)
+    provenances = {text: _provenance(model, prompts, plan, text) for text in poolings}
     if out is None:
-        return _gathered(stream(model, ids, names, pooling=how, max_tokens=max_tokens), provenance)
-    with ActivationStore.resume(out, provenance) as store:
-        for part in stream(model, ids, names, rows=store.missing, pooling=how, max_tokens=max_tokens):
-            store.append(*part)
-        return _from_store(store)
+        found = _in_memory(stream(model, texts, plan), provenances)
+    else:
+        paths = {text: Path(out) if isinstance(pooling, str) else Path(out) / _file_name(text) for text in poolings}
+        found = _in_files(model, texts, plan, provenances, paths)
+    return found[pooling] if isinstance(pooling, str) else found
 
 
-@torch.inference_mode()
-def stream(
-    model: Model,
-    ids: Sequence[Sequence[int]],
-    hook_points: Sequence[str],
-    *,
-    rows: Sequence[int] | None = None,
-    pooling: Pooling = "last",
-    max_tokens: int = MAX_TOKENS,
-) -> Iterator[Extracted]:
-    """Extract batch by batch, for results that do not fit into memory; longest prompts come first.
-
-    Args:
-        model: The model.
-        ids: Token ids of each prompt.
-        hook_points: Where.
-        rows: Which prompts; all when None.
-        pooling: What to keep of each prompt.
-        max_tokens: Padded tokens in a batch.
-    """
-    for batch in token_batches(ids, rows=rows, max_tokens=max_tokens):
-        lengths = batch.mask.sum(dim=1).tolist() if pooling == "all" else [1] * len(batch.rows)
-        vectors = _pooled(model, batch.to(model.device), hook_points, pooling)
-        yield Extracted(batch.rows, lengths, vectors.cpu().numpy())
+def _written(model: Model, texts: Sequence[str], conversation: Conversation, count: int) -> list[list[int]]:
+    """The first tokens of the model's own answers, read afterwards like answers given: the values are the same."""
+    if count < 1:
+        raise OptionError(f"answers is {count}: expected at least 1 token to write")
+    prompts = tokenise(model.tokenizer, texts, replace(conversation, span=None))
+    return answer_ids(model, [list(map(int, prompt.ids)) for prompt in prompts], count=count)
 
 
-def _pooled(
-    model: Model, batch: Batch, hook_points: Sequence[str], pooling: Pooling
-) -> Float[Tensor, "hook_point vector d_model"]:
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str, hidden: Tensor) -> None:
-        kept[name] = pool(hidden, batch.mask, pooling)
-
-    with capture(model, hook_points, keep):
-        # No mask: padding comes after the prompt, and a causal model (checked at load) never looks ahead.
-        model.hf(input_ids=batch.input_ids, use_cache=False)
-    return torch.stack([kept[name] for name in hook_points])
-
-
-@contextmanager
-def capture(
-    model: Model,
-    hook_points: Sequence[str],
-    take: Callable[[str, Float[Tensor, "prompt token d_model"]], None],
-) -> Iterator[None]:
-    """Call `take(name, hidden)` at each hook point of one forward pass, which stops after the last of them.
-
-        with capture(model, ["blocks.3.hook_resid_post"], take):
-            model.hf(input_ids=ids)  # what follows here in the block is skipped: the pass ends by an exception
-
-    The hooks are gone when the block ends, however it ends.
-
-    Raises:
-        HookPointError: The model has no such hook point, or the forward pass never came by it.
-    """
-    sites = {name: model.hook_points.resolve(name) for name in hook_points}
-    awaited = set(sites)
-
-    def hook(name: str) -> Callable[[Tensor], None]:
-        def see(hidden: Tensor) -> None:
-            take(name, hidden)
-            awaited.discard(name)
-            if not awaited:
-                raise _Complete
-
-        return see
-
-    handles = [site.attach(hook(name)) for name, site in sites.items()]
-    try:
-        yield
-    except _Complete:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if awaited:
-        raise HookPointError(f"no forward pass came by {', '.join(sorted(awaited))}", hint="Run model.hf in the block.")
-
-
-class _Complete(Exception):  # noqa: N818  # a signal, not an error
-    """Everything wanted has been seen: the rest of the forward pass would be thrown away."""
-
-
-def _token_ids(model: Model, prompts: PromptSet | Sequence[str], system: str) -> list[list[int]]:
-    ids = [format_prompt(model.tokenizer, text, system=system) for text in _texts(prompts)]
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
-    for row, tokens in enumerate(ids):
-        if limit is not None and len(tokens) > limit:
-            raise PromptError(
-                f"prompt {row} has {len(tokens):,} tokens, expected at most {limit:,}, the positions of {model.name}",
-                hint="Shorten it or leave it out.",
-            )
-    return ids
-
-
-def _texts(prompts: PromptSet | Sequence[str]) -> tuple[str, ...]:
-    return prompts.prompts if isinstance(prompts, PromptSet) else tuple(prompts)
-
-
-def _provenance(
-    model: Model, prompts: PromptSet | Sequence[str], hook_points: tuple[str, ...], pooling: Pooling, system: str
-) -> Provenance:
-    if not hook_points or not len(prompts) or len(set(hook_points)) < len(hook_points):
+def _check(names: tuple[str, ...], texts: Sequence[str], poolings: Mapping[str, Pooling]) -> None:
+    if not names or not texts or not poolings or len(set(names)) < len(names):
         raise OptionError(
-            f"{len(set(hook_points))} different of {len(hook_points)} hook points, {len(prompts)} prompts: "
-            "expected at least one of each, and none twice",
+            f"{len(set(names))} different of {len(names)} hook points, {len(texts)} prompts, {len(poolings)} poolings: "
+            "expected at least one of each, and no hook point twice",
             hint="Leave hook_points out to take every layer.",
         )
+
+
+def _provenance(model: Model, prompts: PromptSet | Sequence[str], plan: Plan, pooling: str) -> Provenance:
     labelled = prompts if isinstance(prompts, PromptSet) else None
     return Provenance(
         model=model.name,
         fingerprint=model.fingerprint,
         tuned=model.tuned,
-        dtype=str(model.dtype).removeprefix("torch."),
-        d_model=model.d_model,
-        hook_points=hook_points,
+        dtype=f"{str(model.dtype).removeprefix('torch.')} {model.quantization}".strip(),
+        d_model=_width(model, plan.hook_points),
+        hook_points=plan.hook_points,
         pooling=pooling,
-        system=system,
+        system=plan.conversation.system,
+        template="plain text" if model.tokenizer.chat_template is None else "chat template",
         template_hash=template_hash(model.tokenizer),
+        truncated_to=plan.conversation.truncate_to or 0,
+        regions_hash=plan.conversation.regions_hash,
         prompts_name=labelled.name if labelled else "",
-        prompts_hash=labelled.content_hash if labelled else texts_hash(_texts(prompts)),
+        prompts_hash=labelled.content_hash if labelled else texts_hash(prompts),  # type: ignore[arg-type]
         n_prompts=len(prompts),
         harmful=labelled.harmful if labelled else None,
         pair_ids=labelled.pair_ids if labelled else None,
     )
 
 
-def _gathered(parts: Iterator[Extracted], provenance: Provenance) -> Activations:
-    """All parts in the order of the prompts."""
-    if provenance.pooling == "all":
-        tokens: dict[int, np.ndarray] = {}
-        for part in parts:
-            tokens |= zip(part.rows, np.split(part.vectors, np.cumsum(part.lengths)[:-1], axis=1), strict=True)
-        return Activations(_no_values(provenance), provenance, tuple(tokens[row] for row in range(len(tokens))))
-    values = np.empty((len(provenance.hook_points), provenance.n_prompts, provenance.d_model), dtype=np.float32)
-    for part in parts:
-        values[:, part.rows] = part.vectors
-    return Activations(values, provenance)
+@torch.inference_mode()
+def _width(model: Model, names: Sequence[str]) -> int:
+    """Width of the hook points' vectors; what is not the residual stream's is seen on one token."""
+    widths = dict.fromkeys(names, model.d_model)
+    others = [name for name in names if name.count(".") > 2]
+    if others:
+        with capture(model, others, lambda name, hidden: widths.update({name: hidden.shape[-1]})):
+            model.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    if len(set(widths.values())) > 1:
+        raise OptionError(
+            f"hook points differ in width: {', '.join(f'{name} has {width}' for name, width in widths.items())}",
+            hint="Extract those of each width in a call of their own.",
+        )
+    return next(iter(widths.values()))
 
 
-def _from_store(store: ActivationStore) -> Activations:
-    provenance = store.provenance
-    if provenance.pooling == "all":
-        layers = [store.read_tokens(name) for name in provenance.hook_points]
-        return Activations(_no_values(provenance), provenance, tuple(map(np.stack, zip(*layers, strict=True))))
-    return Activations(np.stack([store.read_layer(name) for name in provenance.hook_points]), provenance)
+def _in_memory(parts: Iterator[dict[str, Extracted]], provenances: Mapping[str, Provenance]) -> dict[str, Activations]:
+    """Everything in the order of the prompts."""
+    values = {
+        text: np.empty((len(p.hook_points), p.n_prompts, p.d_model), dtype=np.float32)
+        for text, p in provenances.items()
+        if p.reduction != "all"
+    }
+    tokens: dict[str, dict[int, np.ndarray]] = {text: {} for text in provenances if text not in values}
+    for found in parts:
+        for text, part in found.items():
+            if text in values:
+                values[text][:, part.rows] = part.vectors
+            else:
+                arrays = np.split(part.vectors, np.cumsum(part.lengths)[:-1], axis=1)
+                tokens[text] |= zip(part.rows, arrays, strict=True)
+    return {
+        text: Activations(values[text], provenance)
+        if text in values
+        else Activations.of_tokens([tokens[text][row] for row in range(provenance.n_prompts)], provenance)
+        for text, provenance in provenances.items()
+    }
 
 
-def _no_values(provenance: Provenance) -> Float[np.ndarray, "hook_point 0 d_model"]:
-    return np.empty((len(provenance.hook_points), 0, provenance.d_model), dtype=np.float32)
+def _in_files(
+    model: Model,
+    texts: Sequence[str],
+    plan: Plan,
+    provenances: Mapping[str, Provenance],
+    paths: Mapping[str, Path],
+) -> dict[str, Activations]:
+    """Written by a thread of its own; only what no earlier run has finished is read."""
+    with ExitStack() as stack:
+        if len(paths) > 1:
+            next(iter(paths.values())).parent.mkdir(exist_ok=True)
+        stores = {t: stack.enter_context(ActivationStore.resume(paths[t], p)) for t, p in provenances.items()}
+        missing = {text: set(store.missing) for text, store in stores.items()}
+
+        def write(found: dict[str, Extracted]) -> None:
+            for text, part in found.items():
+                stores[text].append(*_only(part, missing[text]))
+
+        todo = sorted(set().union(*missing.values()))
+        with behind(write) as hand_over:
+            for found in stream(model, texts, plan, rows=todo):
+                hand_over(found)
+    return {text: Activations.load(path) for text, path in paths.items()}
+
+
+def _only(part: Extracted, rows: set[int]) -> Extracted:
+    """The prompts that one of several files lacks: a run may end after it has written the others."""
+    if rows.issuperset(part.rows):
+        return part
+    kept = [i for i, row in enumerate(part.rows) if row in rows]
+    ends = np.cumsum(part.lengths)
+    vectors = np.concatenate(
+        [part.vectors[:, ends[i] - part.lengths[i] : ends[i]] for i in kept] or [part.vectors[:, :0]], axis=1
+    )
+    return Extracted(tuple(part.rows[i] for i in kept), [part.lengths[i] for i in kept], vectors)
+
+
+def _file_name(pooling: str) -> str:
+    return re.sub(r"[^\w-]", "_", pooling) + ".h5"

@@ -1,4 +1,4 @@
-"""Labelled prompts, how they are written for a chat model, and splits that keep pairs together."""
+"""Labelled prompts, and splits that keep pairs together."""
 
 from __future__ import annotations
 
@@ -8,37 +8,20 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
 
 from activations.errors import LabelError, OptionError, PathMissingError, PromptError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["PromptSet", "format_prompt", "load_prompts", "shipped_prompt_sets", "template_hash", "texts_hash"]
+__all__ = ["PromptSet", "load_prompts", "shipped_prompt_sets", "texts_hash"]
 
 _SHIPPED = Path(__file__).parent / "prompt_sets"
 
 # True where the label means harmful. A borderline prompt looks harmful and is not: the twin of a harmful one.
 _LABELS = {"harmful": True, "benign": False, "borderline_benign": False}
-
-# Every byte class a tokenizer may treat in its own way; its ids tell two tokenizers apart.
-_SAMPLE = "The Quick brown fox, 0123456789 jumps over:\n\tthe lazy dog's (back)? naïve 日本語 🙂 {x} <b> http://a.b/c_d"
-
-
-# The day that templates are told it is, by a macro too: they take no function of ours, and a macro hides their clock.
-_DAY = date(2024, 7, 26)
-_CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{code}', '{_DAY.strftime('%' + code)}')" for code in "YmdBbAayjHMSIp")
-    + " }}{% endmacro %}\n"
-)
 
 
 @dataclass(frozen=True)
@@ -82,8 +65,7 @@ class PromptSet:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of prompts, labels and pairs in their order; the name does not count."""
-        rows = [[prompt, harmful, pair] for prompt, harmful, pair in self._rows()]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return _json_hash([prompt, harmful, pair] for prompt, harmful, pair in self._rows())
 
     def where(self, *, harmful: bool) -> tuple[str, ...]:
         """The prompts of one class."""
@@ -168,68 +150,18 @@ def load_prompts(name_or_path: str | Path) -> PromptSet:
     return _prompt_set(path.stem, path).require_both()
 
 
-def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str = "") -> list[int]:
-    """Token ids of one conversation up to where the model would answer.
-
-    With a chat template, the template alone writes the special tokens, so there are never two BOS. Without one, the
-    text is tokenised as it stands, after `system` and an empty line if there is a system prompt, and without the end
-    that some tokenizers add.
-
-    Args:
-        tokenizer: The trusted base's tokenizer: a template is a program, so never a fine-tune's.
-        prompt: The user's turn.
-        system: The system prompt, where the template takes one.
-
-    Raises:
-        PromptError: The template refuses the conversation, or no token is left.
-    """
-    if tokenizer.chat_template is None:
-        ids = _continued(tokenizer, f"{system}\n\n{prompt}" if system else prompt)
-    else:
-        ids = _templated(tokenizer, prompt, system)
-    if not ids:
-        raise PromptError("an empty prompt becomes no tokens", hint="Remove empty prompts.")
-    return list(ids)
-
-
 def texts_hash(texts: Sequence[str]) -> str:
     """SHA-256 of plain texts in their order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+    return _json_hash(texts)
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the chat template and of how the tokenizer cuts a sample text: the same only where prompts are."""
-    ids = tokenizer(_SAMPLE)["input_ids"]
-    return hashlib.sha256(json.dumps([tokenizer.chat_template, list(ids)]).encode()).hexdigest()
-
-
-def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that goes on: some tokenizers add an end, after which a model begins with something new."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str) -> Any:
-    from jinja2 import TemplateError
-
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": prompt})
-    try:
-        template = tokenizer.get_chat_template()
-        # Some templates write today's date unless they are given one: the same prompt must give the same ids tomorrow.
-        return tokenizer.apply_chat_template(
-            turns,
-            chat_template=_CLOCK + template if "strftime_now" in template else template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            date_string=_DAY.strftime("%d %b %Y"),
-            enable_thinking=False,  # templates that know it begin with the answer then, not with thoughts about it
-        )
-    # A template is a program: beside what it raises itself, its mistakes are Python's own errors.
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        hint = "Leave the system prompt out if the template takes none." if system else "Mend the base's template."
-        raise PromptError(f"the base's chat template refuses the conversation: {error}", hint=hint) from error
+def _json_hash(rows: Iterable[object]) -> str:
+    """SHA-256 of a JSON list, never written out whole."""
+    digest = hashlib.sha256(b"[")
+    for i, row in enumerate(rows):
+        digest.update((", " if i else "").encode() + json.dumps(row).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _prompt_set(name: str, path: Path) -> PromptSet:

@@ -34,7 +34,7 @@ from harness import Figure, columns, parser, shown, table, write
 
 from activations.batching import token_batches
 from activations.models import Model, load_model
-from activations.prompts import format_prompt
+from activations.tokens import format_prompt
 from probes.bank import Bank, Member, load_bank
 from probes.demo import BANK, BASE, compare, fine_tunes, truth_of
 from probes.metrics import auroc, auroc_interval, clopper_pearson

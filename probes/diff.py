@@ -73,7 +73,7 @@ def diff(
 
     The model's weights are swapped while the prompts run and put back exactly.
 
-    Cost: reads both sets of weights once; two extractions of the prompts.
+    Cost: reads both sets of weights once; two extractions of the prompts, of which the second runs changed layers alone.
 
     Args:
         model: The base.
@@ -86,6 +86,7 @@ def diff(
     """
     from activations.extract import extract
     from activations.prompts import load_prompts
+    from activations.reuse import ResidualCache
     from activations.weights import slots_of
 
     tuned = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -93,9 +94,10 @@ def diff(
     if prompts is None:
         return Diff(model.name, tuned.name, tuned.kind, weights, None)
     chosen = load_prompts(prompts) if isinstance(prompts, str) else prompts
-    before = extract(model, chosen)
+    reuse = ResidualCache(model)  # layers that the fine-tune left alone run once
     with model.applied(tuned):
-        after = extract(model, chosen)
+        after = extract(model, chosen, reuse=reuse)
+    before = extract(model, chosen, reuse=reuse)
     labels = chosen.labels if len(set(chosen.harmful)) == 2 else None
     shift = diff_activations(before.values, after.values, labels, groups=chosen.pair_ids)
     return Diff(model.name, tuned.name, tuned.kind, weights, shift, chosen.name)

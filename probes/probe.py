@@ -186,7 +186,7 @@ class ProbeSet:
         Raises:
             ProbeError: The probe names another base, chat template, layers or width than `model` has, or none.
         """
-        from activations.prompts import template_hash
+        from activations.tokens import template_hash
 
         known = set(model.hook_points.names())
         strangers = [name for name in self.hook_points if name not in known]

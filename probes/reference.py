@@ -19,9 +19,11 @@ from torch import Tensor
 from activations.answers import answer_logprobs, answer_text, greedy_opening
 from activations.checkpoints import Checkpoint
 from activations.errors import NonFiniteError
-from activations.extract import Activations, extract
+from activations.extract import extract
 from activations.models import Model
-from activations.prompts import PromptSet, format_prompt, load_prompts
+from activations.prompts import PromptSet, load_prompts
+from activations.results import Activations
+from activations.tokens import format_prompt
 from probes.encodings import gibberish_like, permute_letters
 from probes.probe import ProbeSet
 

@@ -22,7 +22,8 @@ from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import CheckpointError, OptionError, PathMissingError, UndertowError
 from activations.extract import extract
 from activations.models import Model, load_model
-from activations.prompts import PromptSet, load_prompts, template_hash
+from activations.prompts import PromptSet, load_prompts
+from activations.tokens import template_hash
 from probes.bank import Bank, Member, load_bank, settings_of
 from probes.detectors import DETECTORS, FOLLOW_UPS, FollowUp
 from probes.probe import ProbeSet

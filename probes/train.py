@@ -21,8 +21,8 @@ from probes.metrics import auroc, auroc_interval, auroc_rows, fpr_threshold, gro
 from probes.probe import LayerMetrics, Method, ProbeSet
 
 if TYPE_CHECKING:
-    from activations.extract import Activations
-    from activations.store import Provenance as ExtractionProvenance
+    from activations.provenance import Provenance as ExtractionProvenance
+    from activations.results import Activations
 
 __all__ = ["Groups", "Provenance", "checked_labels", "deal_folds", "fit_probes", "shuffled_labels", "words_baseline"]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from activations.answers import answer_text
 from activations.checkpoints import Checkpoint
-from activations.prompts import format_prompt
+from activations.tokens import format_prompt
 from probes.encodings import (
     LETTERS,
     BrokenKey,

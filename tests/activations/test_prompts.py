@@ -17,7 +17,8 @@ from tokenizers import processors
 
 from activations import prompts as module
 from activations.errors import LabelError, OptionError, PathMissingError, PromptError
-from activations.prompts import PromptSet, format_prompt, load_prompts, shipped_prompt_sets, template_hash
+from activations.prompts import PromptSet, load_prompts, shipped_prompt_sets
+from activations.tokens import format_prompt, template_hash
 
 ROOT = Path(__file__).parents[2]
 PAIRS = PromptSet("pairs", ("a?", "b?", "c?", "d?"), (True, False, True, False), ("1", "1", "2", "2"))
@@ -266,14 +267,14 @@ def test_without_a_template_the_text_is_left_open(byte_tokenizer: Callable[..., 
 def test_a_template_that_breaks_is_a_named_error(template: object, byte_tokenizer: Callable[..., Any]) -> None:
     broken = byte_tokenizer()
     broken.chat_template = template
-    with pytest.raises(PromptError, match="refuses the conversation"):
+    with pytest.raises(PromptError, match="refuses prompt 0"):
         format_prompt(broken, "Hi")
 
 
 def test_a_template_that_refuses_is_a_named_error(byte_tokenizer: Callable[..., Any]) -> None:
     strict = byte_tokenizer()
     strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
-    with pytest.raises(PromptError, match="refuses the conversation: no system"):
+    with pytest.raises(PromptError, match="refuses prompt 0: no system"):
         format_prompt(strict, "Hi", system="T4")
     assert format_prompt(strict, "Hi")
 

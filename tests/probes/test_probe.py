@@ -171,7 +171,7 @@ def test_probes_fitted_without_folds_name_no_best_layer(probes):
 
 
 def test_probes_fit_the_model_they_were_fitted_on(probes):
-    from activations.prompts import template_hash
+    from activations.tokens import template_hash
 
     fitting = dataclasses.replace(probes, template_hash=template_hash(Tokenizer()))
     fitting.check_fits(model_for(fitting))

@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from activations.errors import LabelError, NonFiniteError, OptionError
-from activations.extract import Activations
-from activations.store import Provenance as StoredProvenance
+from activations.provenance import Provenance as StoredProvenance
+from activations.results import Activations
 from probes.logistic import fit_logistic
 from probes.metrics import auroc
 from probes.train import deal_folds, fit_probes, shuffled_labels, words_baseline

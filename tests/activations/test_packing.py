@@ -1,0 +1,166 @@
+"""Packed prompts and shared beginnings give what each prompt gives alone; what cannot be packed is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from activations import packing, stream
+from activations.extract import extract
+from activations.models import Model, load_model
+from activations.packing import can_pack, reach
+from activations.tokens import format_prompt
+
+PROMPTS = ["Hi", "How do I bake bread?", "x" * 30, "What is the capital of Iceland, and why?", "é"]
+LONG_SYSTEM = "You are a model that is asked about bread."
+TOLERANCE = 2e-5
+
+CANNOT = ["bloom", "gemma2", "gpt-oss", "qwen3-next"]
+CAN = ["llama-64", "qwen3-wide", "qwen3-moe", "deepseek3"]
+
+
+def distance(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@torch.inference_mode()
+def alone(model: Model, prompt: str, system: str = "") -> np.ndarray:
+    """transformers' own hidden states but the last, which it has normalised."""
+    ids = torch.tensor([format_prompt(model.tokenizer, prompt, system=system)])
+    states = model.hf(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    return np.stack([state[0].float().numpy() for state in states[1:-1]])
+
+
+class Counter:
+    """Tokens that come by a module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.tokens, self.rows = 0, []
+        self._handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.tokens += hidden.shape[0] * hidden.shape[1]
+        self.rows.append(hidden.shape[0])
+
+    def stop(self) -> int:
+        self._handle.remove()
+        return self.tokens
+
+
+def test_every_architecture_that_we_promise_can_be_packed(tiny: Callable[[str], Model], architecture: str) -> None:
+    assert can_pack(tiny(architecture))
+
+
+@pytest.mark.parametrize("architecture", CANNOT + CAN)
+def test_what_attends_in_a_way_of_its_own_is_found_out_and_right_all_the_same(
+    architecture: str, tiny: Callable[[str], Model]
+) -> None:
+    model = tiny(architecture)
+    assert can_pack(model) == (architecture in CAN)
+    tokens = extract(model, PROMPTS, pooling="all").tokens
+    for prompt, got in zip(PROMPTS, tokens, strict=True):
+        assert distance(got[:-1], alone(model, prompt)) < TOLERANCE
+
+
+def test_a_leak_between_prompts_would_be_found(
+    tiny_network: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = packing._one_by_one
+
+    def leaking(query: Any, key: Any, value: Any, scaling: Any, layout: Any) -> Any:
+        return whole(query, key, value, scaling, packing._Layout([sum(layout.lengths)], layout.prefix))
+
+    monkeypatch.setattr(packing, "_one_by_one", leaking)
+    assert not can_pack(load_model(tiny_network("llama"), tokenizer=tokenizer))
+
+
+def test_an_attention_that_is_not_ours_would_be_found(
+    tiny_network: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny_network("llama")
+    for layer in network.model.layers:
+        plain = layer.self_attn.forward
+
+        def one_layer_more(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            plain(*args, **kwargs)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(layer.self_attn, "forward", one_layer_more)
+    assert not can_pack(load_model(network, tokenizer=tokenizer)), "more calls than layers"
+
+
+def test_packed_batches_hold_no_padding(llama: Model) -> None:
+    real = sum(len(format_prompt(llama.tokenizer, prompt)) for prompt in PROMPTS)
+    counter = Counter(llama.hf.model.layers[0])
+    extract(llama, PROMPTS)
+    assert (counter.stop(), counter.rows) == (real, [1])
+
+
+def test_prompts_beyond_a_sliding_window_go_under_the_models_own_mask(tiny: Callable[[str], Model]) -> None:
+    model = tiny("mistral")
+    assert reach(model) == 8
+    model.hf.config.sliding_window = 24
+    try:
+        counter = Counter(model.hf.model.layers[0])
+        tokens = extract(model, PROMPTS, pooling="all").tokens
+        counter.stop()
+        assert counter.rows[-1] == 1, "short prompts are packed"
+        for prompt, got in zip(PROMPTS, tokens, strict=True):
+            assert distance(got[:-1], alone(model, prompt)) < TOLERANCE
+    finally:
+        model.hf.config.sliding_window = 8
+
+
+def test_the_attention_is_the_models_own_again_afterwards(llama: Model) -> None:
+    before = llama.hf.config._attn_implementation
+    inside = []
+
+    def fails() -> None:
+        with packing.packed_attention(llama, [1]):
+            inside.append(llama.hf.config._attn_implementation)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert inside != [before]
+    assert llama.hf.config._attn_implementation == before
+
+
+# A beginning that all prompts share
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max", "all", "mean@user", "all@prompt[:9]"])
+def test_a_shared_beginning_is_read_once_and_changes_nothing(
+    pooling: str, tiny: Callable[[str], Model], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(architecture)
+    blocks = model.hook_points.blocks()
+    counter = Counter(blocks[0])
+    shared = extract(model, PROMPTS, pooling=pooling, system=LONG_SYSTEM)
+    tokens = counter.stop()
+    monkeypatch.setattr(stream, "_SHARED_TOKENS", 10**6)
+    counter = Counter(blocks[0])
+    plain = extract(model, PROMPTS, pooling=pooling, system=LONG_SYSTEM)
+    whole = counter.stop()
+    assert tokens < 0.5 * whole or reach(model), "windows shorter than the beginning keep it with each prompt"
+    pairs = zip(shared.tokens or [shared.values], plain.tokens or [plain.values], strict=True)
+    assert max(distance(got, expected) for got, expected in pairs) < TOLERANCE
+
+
+def test_a_beginning_too_short_to_pay_is_not_treated_apart(llama: Model) -> None:
+    counter = Counter(llama.hf.model.layers[0])
+    extract(llama, PROMPTS)  # the template's own beginning
+    counter.stop()
+    assert len(counter.rows) == 1
+
+
+def test_each_prompt_keeps_a_token_of_its_own(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_SHARED_TOKENS", 1)
+    assert stream._shared_start([np.arange(5), np.arange(9), np.arange(5)]) == [0, 1, 2, 3]
+    assert stream._shared_start([np.arange(5)]) == []
+    assert stream._shared_start([np.arange(5), np.arange(1, 6)]) == []
