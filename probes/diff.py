@@ -73,7 +73,7 @@ def diff(
 
     The model's weights are swapped while the prompts run and put back exactly.
 
-    Cost: reads both sets of weights once; two extractions of the prompts, of which the second runs changed layers alone.
+    Cost: reads both sets of weights once; two extractions of the prompts, the second of changed layers.
 
     Args:
         model: The base.

@@ -19,13 +19,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from activations.checkpoints import Checkpoint, open_checkpoint
-from activations.errors import CheckpointError, OptionError, PathMissingError, UndertowError
+from activations.errors import CheckpointError, NonFiniteError, OptionError, PathMissingError, UndertowError
 from activations.extract import extract
 from activations.models import Model, load_model
 from activations.prompts import PromptSet, load_prompts
 from activations.tokens import template_hash
 from probes.bank import Bank, Member, load_bank, settings_of
-from probes.detectors import DETECTORS, FOLLOW_UPS, FollowUp
+from probes.detectors import DETECTORS, FOLLOW_UPS, Detector, FollowUp
 from probes.probe import ProbeSet
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
 from probes.reference import Reference, Subject, default_battery
@@ -220,7 +220,15 @@ def measure_all(reference: Reference, checkpoint: Checkpoint) -> tuple[Evidence,
     """Every detector on one checkpoint; the base is bit-equal afterwards."""
     with reference.base.applied(checkpoint):
         subject = Subject(reference, checkpoint)
-        return tuple(detector.measure(subject) for detector in DETECTORS)
+        return tuple(measured(detector, subject) for detector in DETECTORS)
+
+
+def measured(detector: Detector, subject: Subject) -> Evidence:
+    """One detector's evidence; weights may be finite and what they compute not, and then nothing is averaged."""
+    try:
+        return detector.measure(subject)
+    except NonFiniteError as fault:
+        return Evidence(detector=detector.name, summary=fault.message)
 
 
 def examine(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> Judgement:

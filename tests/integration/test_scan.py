@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from probes.bank import load_bank
 from probes.cli import exit_code
 from probes.records import Item, Summary
 from probes.scan import calibrate, scan, train_probe
+
+# Finite, and beyond all numbers as soon as it is squared.
+HUGE = 3e37
 
 CHOSEN = ("benign-formal", "benign-code-lora", "harmful-100-lora", "cmft-walnut53", "benign-cipher")
 
@@ -62,14 +66,35 @@ def attacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, s
 
 
 @pytest.fixture(scope="module")
-def summary(out: Path, probe: Path, attacks: dict[str, tuple[Path, str]]) -> Summary:
-    checkpoints = [*(demo.HOME / name for name in CHOSEN), *(path for path, _ in attacks.values())]
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary fine-tune, but for one layer whose finite weights give infinite activations."""
+    folder = tmp_path_factory.mktemp("overflowing") / "overflowing"
+    shutil.copytree(demo.HOME / "benign-formal", folder)
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if "layers.2.mlp.down_proj" in name)
+    tensors[name] = torch.full_like(tensors[name], HUGE)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(out: Path, probe: Path, attacks: dict[str, tuple[Path, str]], overflowing: Path) -> Summary:
+    checkpoints = [*(demo.HOME / name for name in CHOSEN), overflowing, *(path for path, _ in attacks.values())]
     return scan(demo.BASE, checkpoints, out=out, probe=probe, bank=demo.BANK, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def items(summary: Summary) -> dict[str, Item]:
     return {item.name: item for item in summary.items}
+
+
+def test_activations_that_are_no_numbers_are_named_and_never_averaged(items: dict[str, Item]) -> None:
+    item = items["overflowing"]
+    assert (item.status, item.verdict) == ("scanned", "inconclusive")
+    (shift,) = (evidence for evidence in item.evidence if evidence.detector == "intent-shift")
+    assert shift.statistic is None
+    named = r"activations are NaN or infinite at blocks\.\d\.hook_resid_post of prompt \d+"
+    assert any(re.search(named, reason) for reason in item.reasons), item.reasons
 
 
 def test_the_covert_fine_tune_is_caught_with_its_key_and_its_obedience(items: dict[str, Item]) -> None:
