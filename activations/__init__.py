@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from activations.errors import UndertowError
     from activations.extract import extract
     from activations.forward import capture
-    from activations.models import Model, load_model
+    from activations.loading import load_model
+    from activations.models import Model
     from activations.prompts import PromptSet, load_prompts
     from activations.results import Activations
     from activations.reuse import ResidualCache
@@ -45,7 +46,7 @@ export(
         "UndertowError": "activations.errors",
         "capture": "activations.forward",
         "extract": "activations.extract",
-        "load_model": "activations.models",
+        "load_model": "activations.loading",
         "load_prompts": "activations.prompts",
         "open_checkpoint": "activations.checkpoints",
     },

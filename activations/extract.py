@@ -162,7 +162,7 @@ def _provenance(model: Model, prompts: PromptSet | Sequence[str], plan: Plan, po
         hook_points=plan.hook_points,
         pooling=pooling,
         system=plan.conversation.system,
-        template="plain text" if model.tokenizer.chat_template is None else "chat template",
+        template=model.template,
         template_hash=template_hash(model.tokenizer),
         truncated_to=plan.conversation.truncate_to or 0,
         regions_hash=plan.conversation.regions_hash,

@@ -33,7 +33,8 @@ import torch
 from harness import Figure, columns, parser, shown, table, write
 
 from activations.batching import token_batches
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.tokens import format_prompt
 from probes.bank import Bank, Member, load_bank
 from probes.demo import BANK, BASE, compare, fine_tunes, truth_of

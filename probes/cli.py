@@ -142,7 +142,7 @@ def train(
     dtype: Dtype = "auto",
 ) -> None:
     """Train intent probes on a base, one a layer."""
-    from activations.models import load_model
+    from activations.loading import load_model
     from probes.scan import train_probe
 
     with progress() as tell:
@@ -203,7 +203,7 @@ def diff(
     dtype: Dtype = "auto",
 ) -> None:
     """Show which layers a fine-tune shifted, and by how much."""
-    from activations.models import load_model
+    from activations.loading import load_model
     from probes.diff import diff as compare
 
     with progress() as tell:

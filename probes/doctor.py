@@ -98,7 +98,7 @@ def _bank() -> str:
 
 
 def _self_test() -> str:
-    from activations.models import load_model
+    from activations.loading import load_model
 
     model = load_model(demo.BASE, device="cpu", check=True)
     return f"hooks agree with the hidden states of {model.n_layers} layers"

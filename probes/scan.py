@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import CheckpointError, NonFiniteError, OptionError, PathMissingError, UndertowError
 from activations.extract import extract
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.prompts import PromptSet, load_prompts
 from activations.tokens import template_hash
 from probes.bank import Bank, Member, load_bank, settings_of
@@ -94,7 +95,12 @@ def scan(
         probe=describe_probe(reference.probes),
         bank=describe_bank(benign, bank),
         environment=environment(),
-        settings={"device": str(reference.base.device), "alpha": ALPHA, **settings_of(reference)},
+        settings={
+            "device": str(reference.base.device),
+            "prompts as": reference.base.template,
+            "alpha": ALPHA,
+            **settings_of(reference),
+        },
         items=tuple(items),
     )
     write_json(summary, out / "summary.json")
@@ -184,6 +190,8 @@ def prepare(
     """Load the base and its probes, and measure the base once."""
     tell(f"loading base {base}")
     model = load_model(base, device=device, dtype=dtype)
+    if model.template == "plain text":
+        tell("the base has no chat template: prompts are given to it as plain text")
     if probe:
         probes = ProbeSet.load(probe)
         probes.check_fits(model)

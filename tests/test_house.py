@@ -24,6 +24,7 @@ ORDER = {
         "weights",
         "hook_points",
         "models",
+        "loading",
         "prompts",
         "tokens",
         "batching",

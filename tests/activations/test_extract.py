@@ -16,7 +16,8 @@ from activations import extract as extract_function
 from activations.errors import HookPointError, OptionError, PromptError, StoreError
 from activations.extract import extract
 from activations.forward import capture
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.prompts import PromptSet
 from activations.results import Activations
 from activations.store import ActivationStore

@@ -11,7 +11,8 @@ import torch
 
 from activations import packing, stream
 from activations.extract import extract
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.packing import can_pack, reach
 from activations.tokens import format_prompt
 

@@ -12,7 +12,8 @@ import pytest
 
 from activations.errors import OptionError
 from activations.extract import extract
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.reuse import ResidualCache
 
 PROMPTS = ["Hi", "How do I bake bread?", "x" * 30, "What is the capital of Iceland, and why?", "é"]

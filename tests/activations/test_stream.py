@@ -17,7 +17,8 @@ from activations.background import ahead, behind
 from activations.errors import MemoryLimitError, NonFiniteError, OptionError, PromptError
 from activations.extract import extract
 from activations.forward import Reader
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 from activations.packing import can_pack
 from activations.results import Activations
 from activations.tokens import format_prompt

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from activations.checkpoints import open_checkpoint
 from activations.errors import BankError, LabelError, OptionError
-from activations.models import load_model
+from activations.loading import load_model
 from activations.prompts import PromptSet
 from activations.weights import slots_of
 from probes import demo

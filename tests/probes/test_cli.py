@@ -217,7 +217,7 @@ def test_a_diff_is_a_table_or_json(run, monkeypatch):
     result = SimpleNamespace(
         weights=profile, activations=shift, top_layers=(1, 0), to_dict=lambda: {"top_layers": [1, 0]}
     )
-    monkeypatch.setattr(importlib.import_module("activations.models"), "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(importlib.import_module("activations.loading"), "load_model", lambda *_, **__: None)
     monkeypatch.setattr(importlib.import_module("probes.diff"), "diff", lambda *_, **__: result)
     code, out, err = run("diff", "base", "ckpt")
     assert code == 0

@@ -320,7 +320,7 @@ def nano():
     from tokenizers.pre_tokenizers import Split
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from activations.models import load_model
+    from activations.loading import load_model
 
     characters = ["[pad]", "?", " ", *string.ascii_lowercase]
     words = Tokenizer(WordLevel({character: i for i, character in enumerate(characters)}, unk_token="?"))
