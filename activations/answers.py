@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations.batching import token_batches
+from activations.batching import fitting_tokens, token_batches
 from activations.models import Model
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_ids", "answer_logprobs", "answer_text", "greedy_opening"]
 
-MAX_TOKENS = 4096
+# Padded tokens of the batches that write: their passes are short, so many prompts at once pay.
+_WRITING_TOKENS = 4096
 
 
 @torch.inference_mode()
@@ -28,7 +29,7 @@ def answer_logprobs(
     prompts: Sequence[Sequence[int]],
     openings: Int[Tensor, "prompt token"],
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Float[Tensor, "prompt token vocab"]:
     """Log-probabilities over the vocabulary at each of the first answer tokens, given the opening before it.
 
@@ -37,7 +38,7 @@ def answer_logprobs(
         prompts: Token ids of each prompt, chat template applied (`format_prompt`).
         openings: The answer tokens to condition on. Position i is predicted from the prompt and tokens 0..i-1, so
             the last token of an opening is predicted and never read.
-        max_tokens: Padded tokens in one forward pass.
+        max_tokens: Padded tokens in one forward pass; by default by the device.
 
     Returns:
         Natural log-probabilities in float32 on the CPU.
@@ -45,7 +46,7 @@ def answer_logprobs(
     count = openings.shape[1]
     sequences = [[*prompt, *opening[:-1].tolist()] for prompt, opening in zip(prompts, openings, strict=True)]
     out = torch.empty(len(prompts), count, model.hf.config.get_text_config().vocab_size)
-    for batch in token_batches(sequences, max_tokens=max_tokens):
+    for batch in token_batches(sequences, max_tokens=max_tokens or fitting_tokens(model)):
         rows = list(batch.rows)
         logits = _last_logits(model, [sequences[row] for row in rows], count)
         out[rows] = torch.log_softmax(logits.float(), dim=-1).cpu()
@@ -62,7 +63,7 @@ def greedy_opening(model: Model, prompts: Sequence[Sequence[int]], *, count: int
     for _ in range(count):
         sequences = [[*prompt, *opening.tolist()] for prompt, opening in zip(prompts, openings, strict=True)]
         chosen = torch.zeros(len(prompts), 1, dtype=torch.long)
-        for batch in token_batches(sequences, max_tokens=MAX_TOKENS):
+        for batch in token_batches(sequences, max_tokens=fitting_tokens(model)):
             rows = list(batch.rows)
             chosen[rows] = _last_logits(model, [sequences[row] for row in rows], 1).argmax(-1).cpu()
         openings = torch.cat([openings, chosen], dim=1)
@@ -90,7 +91,7 @@ def answer_ids(
     # Every GPU's state by name: left to itself, torch warns where there are several.
     with _generation(model, count, temperature) as how, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for batch in token_batches(prompts, max_tokens=MAX_TOKENS):
+        for batch in token_batches(prompts, max_tokens=_WRITING_TOKENS):
             ids, mask = _left_padded(model, [prompts[row] for row in batch.rows])
             out = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=how)
             for row, tokens in zip(batch.rows, out[:, ids.shape[1] :].tolist(), strict=True):

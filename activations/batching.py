@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -21,13 +21,32 @@ from torch import Tensor
 from activations.errors import OptionError, PromptError
 from activations.tokens import REGIONS, Tokenised
 
-__all__ = ["MAX_TOKENS", "Batch", "Pick", "Pooling", "length_order", "next_batch", "pick", "token_batches"]
+if TYPE_CHECKING:
+    from activations.models import Model
+
+__all__ = [
+    "MAX_TOKENS",
+    "Batch",
+    "Pick",
+    "Pooling",
+    "fitting_tokens",
+    "length_order",
+    "next_batch",
+    "pick",
+    "token_batches",
+]
 
 # Tokens in a batch on a CPU. Packed batches of 512 to 2,048 take the same time within noise, 4,096 a fifth more.
 MAX_TOKENS = 1024
 
 # Token ids of each prompt, by row.
 Ids = Sequence[Sequence[int]] | Mapping[int, Int[np.ndarray, " token"]]
+
+# More tokens than this in a batch make no GPU faster, and cost memory.
+_MOST = 16_384
+
+# Vectors of d_model and of the feed-forward width that a block holds for each token at its worst.
+_RESIDUAL_VECTORS, _FEED_FORWARD_VECTORS = 12, 4
 
 Reduction = Literal["last", "mean", "max", "all"]
 _REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -162,6 +181,18 @@ def pick(batch: Batch, prompts: Mapping[int, Tokenised], pooling: Pooling) -> Pi
     positions = [batch.positions(i, *span) for i, span in enumerate(spans)]
     counts = [stop - start for start, stop in spans]
     return Pick(pooling.reduction, torch.from_numpy(np.concatenate(positions)), torch.tensor(counts))
+
+
+def fitting_tokens(model: Model) -> int:
+    """A budget for one batch: what is fastest on a CPU, what fits into a third of the free memory of a GPU."""
+    if model.device.type != "cuda":
+        return MAX_TOKENS
+    config = model.hf.config.get_text_config()
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * model.d_model
+    vector = _RESIDUAL_VECTORS * model.d_model + _FEED_FORWARD_VECTORS * feed_forward
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + unused
+    return int(min(_MOST, max(MAX_TOKENS, free / 3 / (vector * model.dtype.itemsize))))
 
 
 def length_order(ids: Ids, rows: Iterable[int]) -> list[int]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from activations.background import ahead
-from activations.batching import MAX_TOKENS, Pooling, length_order, next_batch
+from activations.batching import Pooling, fitting_tokens, length_order, next_batch
 from activations.errors import MemoryLimitError, PromptError
 from activations.forward import Extracted, Launched, Reader
 from activations.models import Model
@@ -31,13 +31,6 @@ _WINDOW = 4096
 
 # A beginning that all prompts share is read once where it is at least this long, and this share of all tokens.
 _SHARED_TOKENS, _SHARED_PART = 16, 0.2
-
-
-# More tokens than this in a batch make no GPU faster, and cost memory.
-_MOST = 16_384
-
-# Vectors of d_model and of the feed-forward width that a block holds for each token at its worst.
-_RESIDUAL_VECTORS, _FEED_FORWARD_VECTORS = 12, 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def _read(model: Model, prompts: Mapping[int, Tokenised], plan: Plan) -> Iterato
     shared = _shared_start([ids[row] for row in packable])
     reader = Reader(model, plan.hook_points, plan.poolings, reuse=plan.reuse, shared=shared)
     padded = len(order) - len(packable)
-    budget = plan.max_tokens or _fitting_tokens(model)
+    budget = plan.max_tokens or fitting_tokens(model)
     flying: deque[Launched] = deque()
     done = 0
     while done < len(order):
@@ -153,24 +146,12 @@ def _tokenised(model: Model, texts: Sequence[str], plan: Plan, rows: Sequence[in
         if limit is not None and len(prompt) > limit:
             raise PromptError(
                 f"prompt {row} has {len(prompt):,} tokens, expected at most {limit:,}, the positions of {model.name}",
-                hint=f"Leave it out, or cut it: truncate_to={limit}, --truncate-to {limit}.",
+                hint=f"Leave it out, or have it cut: truncate_to={limit}.",
             )
     return dict(zip(rows, prompts, strict=True))
 
 
 # --- memory
-
-
-def _fitting_tokens(model: Model) -> int:
-    """A budget for one batch: what is fastest on a CPU, what fits into a third of the free memory of a GPU."""
-    if model.device.type != "cuda":
-        return MAX_TOKENS
-    config = model.hf.config.get_text_config()
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * model.d_model
-    vector = _RESIDUAL_VECTORS * model.d_model + _FEED_FORWARD_VECTORS * feed_forward
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + unused
-    return int(min(_MOST, max(MAX_TOKENS, free / 3 / (vector * model.dtype.itemsize))))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
