@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import TypeVar
 
 __all__ = ["ahead", "behind"]
@@ -45,12 +46,23 @@ def behind(work: Callable[[T], object]) -> Iterator[Callable[[T], None]]:
     next call, or at the end of the block, and nothing after it is begun.
     """
     unfinished: deque[Future[object]] = deque()
+    broken = Event()
+
+    def guarded(item: T) -> object:
+        if broken.is_set():
+            return None
+        try:
+            return work(item)
+        except BaseException:
+            broken.set()
+            raise
+
     with ThreadPoolExecutor(1, thread_name_prefix="behind") as pool:
 
         def hand_over(item: T) -> None:
             while unfinished and (unfinished[0].done() or len(unfinished) >= _WAITING):
                 unfinished.popleft().result()
-            unfinished.append(pool.submit(work, item))
+            unfinished.append(pool.submit(guarded, item))
 
         try:
             yield hand_over

@@ -79,7 +79,7 @@ class Pooling:
         Raises:
             OptionError: It is not of that form.
         """
-        match = _POOLING.fullmatch(text)
+        match = _POOLING.fullmatch(str(text))
         if match is None:
             raise OptionError(
                 f"unknown pooling {text!r}: expected {', '.join(_REDUCTIONS)}, alone or with a region as 'mean@user' "
@@ -151,24 +151,33 @@ class Pick:
 
     reduction: Reduction
     positions: Int[Tensor, " position"]
-    counts: Int[Tensor, " prompt"]
+    counts: list[int]
 
     @property
     def lengths(self) -> list[int]:
         """Vectors that each prompt ends with."""
-        return self.counts.tolist() if self.reduction == "all" else [1] * len(self.counts)
+        return self.counts if self.reduction == "all" else [1] * len(self.counts)
 
     def to(self, device: torch.device) -> Pick:
         """The same on another device; it is not waited for."""
-        here = (tensor.to(device, non_blocking=True) for tensor in (self.positions, self.counts))
-        return Pick(self.reduction, *here)
+        return Pick(self.reduction, self.positions.to(device, non_blocking=True), self.counts)
 
     def of(self, flat: Float[Tensor, "position width"]) -> Float[Tensor, "vector width"]:
         """Reduce the flattened hidden states of the batch, in float32."""
-        kept = flat.index_select(0, self.positions).float()
         if self.reduction in ("last", "all"):
-            return kept
-        return torch.segment_reduce(kept, self.reduction, lengths=self.counts, unsafe=True)
+            return flat.index_select(0, self.positions).float()
+        # A shared beginning is gathered for every prompt: in parts, never more than twice what is there already.
+        most = max(2 * len(flat), max(self.counts))
+        parts, start, first = [], 0, 0
+        while first < len(self.counts):
+            ends = np.cumsum(self.counts[first:])
+            count = int(np.searchsorted(ends, most, side="right"))
+            stop = start + int(ends[count - 1])
+            kept = flat.index_select(0, self.positions[start:stop]).float()
+            sizes = torch.tensor(self.counts[first : first + count]).to(flat.device, non_blocking=True)
+            parts.append(torch.segment_reduce(kept, self.reduction, lengths=sizes, unsafe=True))
+            start, first = stop, first + count
+        return torch.cat(parts)
 
 
 def pick(batch: Batch, prompts: Mapping[int, Tokenised], pooling: Pooling) -> Pick:
@@ -180,7 +189,7 @@ def pick(batch: Batch, prompts: Mapping[int, Tokenised], pooling: Pooling) -> Pi
     spans = [pooling.tokens(prompts[row], row) for row in batch.rows]
     positions = [batch.positions(i, *span) for i, span in enumerate(spans)]
     counts = [stop - start for start, stop in spans]
-    return Pick(pooling.reduction, torch.from_numpy(np.concatenate(positions)), torch.tensor(counts))
+    return Pick(pooling.reduction, torch.from_numpy(np.concatenate(positions)), counts)
 
 
 def fitting_tokens(model: Model) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from activations.answers import answer_ids
 from activations.background import behind
 from activations.batching import Pooling
-from activations.errors import OptionError
+from activations.errors import OptionError, StoreError
 from activations.forward import Extracted, capture
 from activations.hook_points import RESID_POST
 from activations.models import Model
@@ -24,7 +24,7 @@ from activations.provenance import Provenance
 from activations.results import Activations
 from activations.reuse import ResidualCache
 from activations.store import ActivationStore
-from activations.stream import Plan, stream
+from activations.stream import Plan, check_readable, stream
 from activations.tokens import Conversation, template_hash, tokenise
 
 __all__ = ["extract"]
@@ -85,7 +85,8 @@ def extract(
         extract(model, prompts, pooling="all@answer[:4]", answers=16)  # of up to 16 tokens that the model writes
 
     Cost: one forward pass over the prompts up to the last hook point, and one hash of the weights per model. Memory
-    beyond the model: one batch at one layer, the token ids, and the result unless it goes to `out`.
+    beyond the model: one batch at one layer, keys and values of a shared beginning, the token ids, and the result
+    unless it goes to `out`.
 
     Args:
         model: The model, with whatever checkpoint is applied to it.
@@ -95,8 +96,8 @@ def extract(
         system: System prompt before each prompt.
         answers: What follows each prompt, as text or token ids; a number lets the model write so many, greedily.
         span: Text to find in each prompt, for the region "span": one for all, or one for each.
-        truncate_to: Cut longer conversations to so many tokens, at the end of the user's text; without it they are
-            an error where the model cannot read them.
+        truncate_to: Cut longer prompts to so many tokens, at the end of the user's text; answers come on top. Without
+            it nothing is cut, and what the model cannot read is an error.
         max_tokens: Tokens in a batch; decides speed and memory, not the result. By default by the device.
         reuse: Start where the layers that a checkpoint changed begin, see `ResidualCache`.
         out: HDF5 file to write batch by batch (with several poolings a folder of them); an interrupted run goes on
@@ -114,21 +115,24 @@ def extract(
         StoreError: `out` cannot be written, or holds something else.
     """
     names = model.hook_points.names(RESID_POST) if hook_points is None else tuple(hook_points)
-    texts = prompts.prompts if isinstance(prompts, PromptSet) else tuple(prompts)
-    poolings = {text: Pooling.parse(text) for text in ([pooling] if isinstance(pooling, str) else pooling)}
+    texts = prompts.prompts if isinstance(prompts, PromptSet) else _listed(prompts)
+    poolings = {text: Pooling.parse(text) for text in (pooling if isinstance(pooling, list | tuple) else [pooling])}
     _check(names, texts, poolings)
     if reuse is not None:
         reuse.require(model)
     conversation = Conversation(system, None, span, truncate_to)
-    if isinstance(answers, int):
-        answers = _written(model, texts, conversation, answers)
+    if isinstance(answers, int | np.integer):
+        answers = _written(model, texts, conversation, int(answers))
     conversation = replace(conversation, answers=answers)
     conversation.require_one_each(len(texts))
     plan = Plan(names, poolings, conversation, max_tokens, reuse)
-    provenances = {text: _provenance(model, prompts, plan, text) for text in poolings}
+    labelled = prompts if isinstance(prompts, PromptSet) else None
+    provenances = {text: _provenance(model, texts, plan, text, labelled) for text in poolings}
     if out is None:
         found = _in_memory(stream(model, texts, plan), provenances)
     else:
+        if not isinstance(pooling, str):
+            _make(Path(out))
         paths = {text: Path(out) if isinstance(pooling, str) else Path(out) / _file_name(text) for text in poolings}
         found = _in_files(model, texts, plan, provenances, paths)
     return found[pooling] if isinstance(pooling, str) else found
@@ -139,6 +143,8 @@ def _written(model: Model, texts: Sequence[str], conversation: Conversation, cou
     if count < 1:
         raise OptionError(f"answers is {count}: expected at least 1 token to write")
     prompts = tokenise(model.tokenizer, texts, replace(conversation, span=None))
+    for row, prompt in enumerate(prompts):
+        check_readable(model, prompt.ids, row, more=count)
     return answer_ids(model, [list(map(int, prompt.ids)) for prompt in prompts], count=count)
 
 
@@ -151,8 +157,13 @@ def _check(names: tuple[str, ...], texts: Sequence[str], poolings: Mapping[str, 
         )
 
 
-def _provenance(model: Model, prompts: PromptSet | Sequence[str], plan: Plan, pooling: str) -> Provenance:
-    labelled = prompts if isinstance(prompts, PromptSet) else None
+def _listed(prompts: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(prompts, str):
+        raise OptionError("prompts is one text: expected a list of them", hint="Pass [prompt].")
+    return tuple(prompts)
+
+
+def _provenance(model: Model, texts: Sequence[str], plan: Plan, pooling: str, labelled: PromptSet | None) -> Provenance:
     return Provenance(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -166,9 +177,10 @@ def _provenance(model: Model, prompts: PromptSet | Sequence[str], plan: Plan, po
         template_hash=template_hash(model.tokenizer),
         truncated_to=plan.conversation.truncate_to or 0,
         regions_hash=plan.conversation.regions_hash,
+        config_hash=model.config_hash,
         prompts_name=labelled.name if labelled else "",
-        prompts_hash=labelled.content_hash if labelled else texts_hash(prompts),  # type: ignore[arg-type]
-        n_prompts=len(prompts),
+        prompts_hash=labelled.content_hash if labelled else texts_hash(texts),
+        n_prompts=len(texts),
         harmful=labelled.harmful if labelled else None,
         pair_ids=labelled.pair_ids if labelled else None,
     )
@@ -222,8 +234,6 @@ def _in_files(
 ) -> dict[str, Activations]:
     """Written by a thread of its own; only what no earlier run has finished is read."""
     with ExitStack() as stack:
-        if len(paths) > 1:
-            next(iter(paths.values())).parent.mkdir(exist_ok=True)
         stores = {t: stack.enter_context(ActivationStore.resume(paths[t], p)) for t, p in provenances.items()}
         missing = {text: set(store.missing) for text, store in stores.items()}
 
@@ -248,6 +258,13 @@ def _only(part: Extracted, rows: set[int]) -> Extracted:
         [part.vectors[:, ends[i] - part.lengths[i] : ends[i]] for i in kept] or [part.vectors[:, :0]], axis=1
     )
     return Extracted(tuple(part.rows[i] for i in kept), [part.lengths[i] for i in kept], vectors)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"no folder can be made here: {error}", path=folder, hint="Choose another for out.") from error
 
 
 def _file_name(pooling: str) -> str:

@@ -55,10 +55,9 @@ class Launched(NamedTuple):
         """
         if self.arrived is not None:
             self.arrived.synchronize()
-        found = {
-            pooling: Extracted(self.rows, self.lengths[pooling], vectors.numpy())
-            for pooling, vectors in self.vectors.items()
-        }
+        # Copied out of page-locked memory, which is scarce and soon needed again.
+        here = {text: v.numpy() if self.arrived is None else v.numpy().copy() for text, v in self.vectors.items()}
+        found = {text: Extracted(self.rows, self.lengths[text], vectors) for text, vectors in here.items()}
         for pooling, part in found.items():
             bad = np.argwhere(~np.isfinite(part.vectors).all(axis=-1))
             if len(bad):
@@ -95,11 +94,12 @@ class Reader:
         self.hook_points = tuple(hook_points)
         self.poolings = poolings
         self._reuse = reuse
+        self.shared = len(shared)
         self._prefix: SharedPrefix | None = None
-        self._shared = np.asarray(shared, dtype=np.int32).tobytes()
+        self._shared_ids = np.asarray(shared, dtype=np.int32).tobytes()
         if len(shared):
             front = next_batch([list(shared)], [0], max_tokens=len(shared), packed=True)
-            every = {_FRONT: Pick("all", torch.arange(len(shared)), torch.tensor([len(shared)]))}
+            every = {_FRONT: Pick("all", torch.arange(len(shared)), [len(shared)])}
             prefix = SharedPrefix(len(shared))
             self._front = self._pooled(front, every, keep=prefix)
             self._prefix = prefix
@@ -117,8 +117,10 @@ class Reader:
         return Launched(batch.rows, lengths, *_to_host(vectors))
 
     def _pooled(self, batch: Batch, picks: Mapping[str, Pick], *, keep: SharedPrefix | None = None) -> Pooled:
-        key = self._key(batch, picks) if self._reuse else b""
-        known = self._reuse.find(key) if self._reuse else None
+        # The pass over a shared beginning is short, and has to come by every layer for its keys and values.
+        reuse = self._reuse if keep is None else None
+        key = self._key(batch, picks) if reuse else b""
+        known = reuse.find(key) if reuse else None
         pooled: Pooled = dict(known.pooled) if known else {}
         here: dict[torch.device, dict[str, Pick]] = {}
 
@@ -134,13 +136,18 @@ class Reader:
         needed = [name for name in self.hook_points if not any((name, text) in pooled for text in picks)]
         if not needed:
             return pooled
-        above = (
-            [layer for layer in self._reuse.wanted(key) if known is None or layer > known.layer] if self._reuse else []
-        )
-        with watching(self.model, above) as seen, capture(self.model, needed, take), starting_at(self.model, known):
+        start = known.layer if known else 0
+        above = [layer for layer in reuse.wanted(key) if layer > start] if reuse else []
+        # One pass at a time: hooks, attention and skipped blocks belong to the model, not to a thread.
+        with (
+            self.model.lock,
+            watching(self.model, above) as seen,
+            capture(self.model, needed, take),
+            starting_at(self.model, known),
+        ):
             self._forward(batch, keep)
-        if self._reuse:
-            _leave(self._reuse, key, above, seen, pooled)
+        if reuse:
+            _leave(reuse, key, above, seen, pooled)
         return pooled
 
     def _forward(self, batch: Batch, keep: SharedPrefix | None) -> None:
@@ -157,10 +164,10 @@ class Reader:
     def _key(self, batch: Batch, picks: Mapping[str, Pick]) -> bytes:
         """Hash of everything that decides what a batch gives below a layer."""
         digest = hashlib.sha256(repr((batch.packed, batch.prefix, batch.lengths.tolist())).encode())
-        for part in (self._shared if batch.prefix else b"", batch.input_ids.numpy().tobytes()):
+        for part in (self._shared_ids if batch.prefix else b"", batch.input_ids.numpy().tobytes()):
             digest.update(part)
         for text, chosen in sorted(picks.items()):
-            digest.update(repr((text, chosen.counts.tolist())).encode() + chosen.positions.numpy().tobytes())
+            digest.update(repr((text, chosen.counts)).encode() + chosen.positions.numpy().tobytes())
         digest.update(repr(self.hook_points).encode())
         return digest.digest()
 
@@ -236,6 +243,5 @@ def _to_host(vectors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cu
     for text, tensor in vectors.items():
         host[text] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host[text].copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-    return host, arrived
+    # Of the device that the vectors lie on, which need not be the current one.
+    return host, torch.cuda.current_stream(tensor.device).record_event()

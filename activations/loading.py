@@ -12,8 +12,8 @@ import torch
 
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import ModelError, NotCausalError, OptionError, PathMissingError
-from activations.hook_points import self_test
 from activations.models import QUANTIZED, Model, quietly
+from activations.self_test import self_test
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

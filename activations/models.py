@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import logging
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["QUANTIZED", "Model", "quietly"]
 
+# Entries of a configuration that decide no activation.
+_NO_SETTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "_attn_implementation"}
+
 # Widths that bitsandbytes packs matrices to.
 QUANTIZED = ("8bit", "4bit")
 
@@ -36,6 +41,7 @@ class Model:
         hf: The Hugging Face model, in evaluation mode.
         name: What a report calls it.
         hook_points: Places in the model by TransformerLens' names.
+        lock: Held during a pass with hooks: two threads must not run the same network at once.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Model:
         self._tokenizer = tokenizer
         self.name = name or type(hf).__name__
         self.hook_points = HookPoints(hf)
+        self.lock = threading.RLock()
         self._checkpoint = checkpoint
         self._applied: tuple[Checkpoint, ...] = ()
         self._put_aside: dict[str, torch.Tensor] = {}
@@ -118,6 +125,12 @@ class Model:
             (name, names[str(slot.dtype).removeprefix("torch.")], tuple(slot.shape), _digest(slot))
             for name, slot in (slots_of(self.hf) | self._put_aside).items()
         )
+
+    @cached_property
+    def config_hash(self) -> str:
+        """Hash of the configuration but for names, versions and dtype: the same weights run otherwise under another."""
+        config = json.loads(self.hf.config.to_json_string(use_diff=False))
+        return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()
 
     @property
     def tuned(self) -> str:
@@ -222,3 +235,10 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Bit for bit: -0.0 is not 0.0, and NaN equals itself."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.view(kind), other.view(kind))
+
+
+def _settings(config: Any) -> Any:
+    """A configuration without what changes no number."""
+    if isinstance(config, dict):
+        return {name: _settings(value) for name, value in config.items() if name not in _NO_SETTING}
+    return config

@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from activations.errors import LabelError, OptionError, PathMissingError, PromptError
+from activations.errors import LabelError, OptionError, PathMissingError, PromptError, printable
 
-__all__ = ["PromptSet", "load_prompts", "shipped_prompt_sets", "texts_hash"]
+__all__ = ["PromptSet", "load_prompts", "shipped_licences", "shipped_prompt_sets", "texts_hash"]
 
 _SHIPPED = Path(__file__).parent / "prompt_sets"
 
 # True where the label means harmful. A borderline prompt looks harmful and is not: the twin of a harmful one.
 _LABELS = {"harmful": True, "benign": False, "borderline_benign": False}
+
+# Faults of a file named in one message, each cut to a length with which all of them fit into it.
+_MOST_FAULTS, _LONGEST_FAULT = 20, 85
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class PromptSet:
         prompts: The user's turn of each conversation.
         harmful: True where a prompt asks for harm.
         pair_ids: Prompts that share an id are twins (alike but for the intent); an unpaired one has an id of its own.
-        licence: Under which terms the set may be passed on.
+        licence: Under which terms the set may be passed on: every licence of its sources, by name.
+        sources: Where each prompt comes from, "" where not known; () where nothing is said of any.
 
     Raises:
         PromptError: No prompts, or the columns differ in length.
@@ -44,6 +48,7 @@ class PromptSet:
     harmful: tuple[bool, ...]
     pair_ids: tuple[str, ...]
     licence: str = field(default="", compare=False)
+    sources: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         lengths = {len(self.prompts), len(self.harmful), len(self.pair_ids)}
@@ -52,6 +57,12 @@ class PromptSet:
                 f"prompt set {self.name!r} has {len(self.prompts)} prompts, {len(self.harmful)} labels and "
                 f"{len(self.pair_ids)} pair ids: expected the same number of each, and at least one",
                 hint="Give each prompt a label and a pair id.",
+            )
+        if self.sources and len(self.sources) != len(self.prompts):
+            raise PromptError(
+                f"prompt set {self.name!r} has {len(self.sources)} sources for {len(self.prompts)} prompts: "
+                "expected one for each, or none",
+                hint="Give each prompt a source, or none of them.",
             )
 
     def __len__(self) -> int:
@@ -76,7 +87,8 @@ class PromptSet:
         kept = list(rows)
         columns = (tuple(column[row] for row in kept) for column in (self.prompts, self.harmful, self.pair_ids))
         prompts, harmful, pair_ids = columns
-        return PromptSet(name or self.name, prompts, harmful, pair_ids, self.licence)  # type: ignore[arg-type]
+        sources = tuple(self.sources[row] for row in kept) if self.sources else ()
+        return PromptSet(name or self.name, prompts, harmful, pair_ids, self.licence, sources)  # type: ignore[arg-type]
 
     def split(self, fraction: float, *, seed: int = 0) -> tuple[PromptSet, PromptSet]:
         """Split at random, twins on the same side.
@@ -126,15 +138,21 @@ def shipped_prompt_sets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _SHIPPED.glob("*.jsonl")))
 
 
+def shipped_licences() -> dict[str, str]:
+    """Each source of the shipped prompt sets, with its licence and the notice that this asks for."""
+    table: dict[str, str] = json.loads((_SHIPPED / "licences.json").read_text(encoding="utf-8"))
+    return table
+
+
 def load_prompts(name_or_path: str | Path) -> PromptSet:
     """Load a shipped prompt set by name, or a JSONL or CSV file of your own.
 
     A file has the columns `prompt`, `label` (harmful, benign or borderline_benign) and optionally `pair_id`, which
-    twins share. Where the sets shipped come from stands in `prompt_sets/SOURCES.md`.
+    twins share, and `source`. Where the sets shipped come from stands in `prompt_sets/SOURCES.md`.
 
     Raises:
         PathMissingError: Neither a shipped set nor a file has that name.
-        PromptError: A line is broken; the message names it.
+        PromptError: Lines are broken; the message names the first 20, and how many more there are.
         LabelError: The file has prompts of one class only (shipped sets may).
     """
     shipped = _SHIPPED / f"{name_or_path}.jsonl"
@@ -165,57 +183,96 @@ def _json_hash(rows: Iterable[object]) -> str:
 
 
 def _prompt_set(name: str, path: Path) -> PromptSet:
-    rows = [_checked(row, line, path) for line, row in _read(path)]
+    rows: list[tuple[str, bool, str, str]] = []
+    faults: list[str] = []
+    for line, row in _read(path):
+        try:
+            rows.append(_checked(row, line))
+        except _LineError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise _broken(_listed(faults, len(rows)), path)
     if not rows:
         raise PromptError("the prompt set is empty: expected one prompt a line", path=path, hint="Add prompts to it.")
-    pair_ids = tuple(pair or f"unpaired-{i}" for i, (_, _, pair) in enumerate(rows))
+    sources = tuple(source for *_, source in rows)
     return PromptSet(
         name,
-        tuple(prompt for prompt, _, _ in rows),
-        tuple(harmful for _, harmful, _ in rows),
-        pair_ids,
-        licence="see prompt_sets/SOURCES.md" if path.parent == _SHIPPED else "",
+        tuple(prompt for prompt, *_ in rows),
+        tuple(harmful for _, harmful, _, _ in rows),
+        tuple(pair or f"unpaired-{i}" for i, (_, _, pair, _) in enumerate(rows)),
+        licence=_licence(sources) if path.parent == _SHIPPED else "",
+        sources=sources if any(sources) else (),
     )
 
 
-def _checked(row: object, line: int, path: Path) -> tuple[str, bool, str]:
+def _licence(sources: Sequence[str]) -> str:
+    """The licences of rows such as "advbench-00018", each once and without its notice."""
+    table = shipped_licences()
+    return ", ".join(sorted({table[source.rpartition("-")[0]].partition(",")[0] for source in sources}))
+
+
+class _LineError(Exception):
+    """One line of a prompt set cannot be read."""
+
+
+def _checked(row: object, line: int) -> tuple[str, bool, str, str]:
+    if isinstance(row, _LineError):
+        raise row
     if not isinstance(row, dict):
-        raise _broken(f"line {line} is no object with the fields prompt and label", path)
-    prompt, label, pair = row.get("prompt"), row.get("label"), row.get("pair_id")
+        raise _LineError(f"line {line} is no object with the fields prompt and label")
+    if None in row:
+        raise _LineError(f"line {line} has more fields than the header: a prompt with a comma needs quotes")
+    prompt, label, pair, source = (row.get(name) for name in ("prompt", "label", "pair_id", "source"))
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _broken(f"line {line} has no prompt: expected text under 'prompt'", path)
+        raise _LineError(f"line {line} has no prompt: expected text under 'prompt'")
     if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
-        raise _broken(f"line {line} has a prompt that is no text: it holds half a surrogate pair", path)
+        raise _LineError(f"line {line} has a prompt that is no text: it holds half a surrogate pair")
     if not isinstance(label, str) or label not in _LABELS:
-        raise _broken(f"line {line} has the label {label!r}: expected one of {', '.join(_LABELS)}", path)
-    return prompt, _LABELS[label], "" if pair is None else str(pair)
+        shown = printable(repr(label), limit=24)
+        raise _LineError(f"line {line} has the label {shown}: expected one of {', '.join(_LABELS)}")
+    return prompt, _LABELS[label], "" if pair is None else str(pair), "" if source is None else str(source)
 
 
 def _read(path: Path) -> Iterator[tuple[int, object]]:
-    """Line number and row of a CSV file (by its ending), or of JSON lines."""
+    """Line number and row of a CSV file (by its ending), or of JSON lines; a `_LineError` in place of what is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(f"the prompt set cannot be read as UTF-8 text: {error}", path) from error
-    return _csv_rows(text, path) if path.suffix.lower() == ".csv" else _json_rows(text, path)
+    return _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
+def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
+        names = [printable(str(name), limit=24) for name in reader.fieldnames or ()]
+        if names and not {"prompt", "label"} <= set(names):
+            columns = printable(", ".join(names))
+            yield 1, _LineError(f"line 1, the header, has the columns {columns}: expected prompt and label among them")
+            return
         for row in reader:
             yield reader.line_num, row
-    except csv.Error as error:
-        raise _broken(f"line {reader.line_num} is no CSV: {error}", path) from error
+    except csv.Error as error:  # where the next row begins is not known: the last fault that is named
+        number = reader.reader.line_num  # the line at fault; that of the DictReader is the last one it gave
+        yield number, _LineError(f"line {number} is no CSV: {error}")
 
 
-def _json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
+def _json_rows(text: str) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise _broken(f"line {number} is no JSON: {error}", path) from error
+                yield number, _LineError(f"line {number} is no JSON: {error}")
+
+
+def _listed(faults: Sequence[str], good: int) -> str:
+    """One fault as it is; of several each one cut, with their number first and those left out last."""
+    if len(faults) == 1:
+        return faults[0]
+    named = [printable(fault, limit=_LONGEST_FAULT) for fault in faults[:_MOST_FAULTS]]
+    more = [f"and {len(faults) - len(named)} more"] if len(faults) > len(named) else []
+    return f"{len(faults)} of {len(faults) + good} lines are broken: " + "; ".join(named + more)
 
 
 def _broken(message: str, path: Path) -> PromptError:

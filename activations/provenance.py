@@ -57,6 +57,7 @@ class Provenance:
         template: How prompts were written: "chat template", or "plain text" where the tokenizer has none.
         truncated_to: Tokens that longer prompts were cut to; 0: none may be longer than the model reads.
         regions_hash: Hash of the answers and spans given beside the prompts, "" without.
+        config_hash: Hash of the base's configuration, "" where not known.
         harmful: True where a prompt is harmful; None for plain texts.
         pair_ids: Twins share one; None for plain texts.
         version: Of the code that extracted.
@@ -77,6 +78,7 @@ class Provenance:
     template: str = "chat template"
     truncated_to: int = 0
     regions_hash: str = ""
+    config_hash: str = ""
     harmful: tuple[bool, ...] | None = None
     pair_ids: tuple[str, ...] | None = None
     version: str = dataclasses.field(default_factory=code_version)

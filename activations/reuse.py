@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from activations.errors import OptionError
 from activations.models import Model
 
-__all__ = ["Kept", "Pooled", "ResidualCache", "starting_at", "watching"]
+__all__ = ["Kept", "Pooled", "ResidualCache", "can_start_at", "starting_at", "watching"]
+
+_tested: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 
 Pooled = dict[tuple[str, str], Float[Tensor, "vector width"]]
 
@@ -62,9 +66,14 @@ class ResidualCache:
         layers: Keep the stream in front of these layers in every run that can; otherwise in front of the first layer
             that a checkpoint changed.
         max_bytes: Beyond it nothing more is kept, and runs are whole.
+
+    Raises:
+        OptionError: The model has no such layer.
     """
 
     def __init__(self, model: Model, *, layers: tuple[int, ...] = (), max_bytes: int = 4 << 30) -> None:
+        if any(not 0 < layer <= model.n_layers for layer in layers):
+            raise OptionError(f"layers is {layers}: expected layers from 1 to {model.n_layers}, before which to keep")
         self.model = model
         self.layers = layers
         self.max_bytes = max_bytes
@@ -92,13 +101,41 @@ class ResidualCache:
         """In front of which layers a run of this batch should keep the stream."""
         changed = self.model.first_changed_layer
         layers = [layer for layer in self.layers if layer <= changed] or [changed]
-        return [layer for layer in layers if layer and layer not in self._kept.get(key, {})]
+        missing = [layer for layer in layers if layer and layer not in self._kept.get(key, {})]
+        return [layer for layer in missing if can_start_at(self.model, layer)]
 
     def keep(self, key: bytes, kept: Kept) -> None:
         """Remember, while there is room."""
         if self.nbytes + kept.nbytes <= self.max_bytes:
             self._kept.setdefault(key, {})[kept.layer] = kept
             self.nbytes += kept.nbytes
+
+
+@torch.inference_mode()
+def can_start_at(model: Model, layer: int) -> bool:
+    """Whether the residual stream in front of a layer is all that the layers from there on need, tried once.
+
+    Some architectures hand on more, such as keys and values that later layers share. Cost: two passes over six tokens.
+    """
+    known = _tested.setdefault(model.hf, {})
+    if layer not in known:
+        with model.lock:
+            known[layer] = layer == model.n_layers or _starts_exactly(model, layer)
+    return known[layer]
+
+
+def _starts_exactly(model: Model, layer: int) -> bool:
+    ids = torch.arange(7, 13, device=model.device)[None] % model.hf.get_input_embeddings().weight.shape[0]
+    try:
+        with watching(model, [layer]) as seen:
+            whole = model.hf(input_ids=ids, use_cache=False).logits
+        stream, in_tuple = seen[layer]
+        with starting_at(model, Kept(layer, stream, in_tuple, {})):
+            rest = model.hf(input_ids=ids, use_cache=False).logits
+    # Whatever a block misses that it was handed before; runs are then whole.
+    except Exception:
+        return False
+    return torch.equal(whole, rest) or not whole.isfinite().all()
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from activations.batching import Pooling, fitting_tokens, length_order, next_bat
 from activations.errors import MemoryLimitError, PromptError
 from activations.forward import Extracted, Launched, Reader
 from activations.models import Model
-from activations.packing import can_pack, reach
+from activations.packing import can_pack, reach, stretches
 from activations.reuse import ResidualCache
 from activations.tokens import Conversation, Tokenised, tokenise
 
-__all__ = ["Plan", "stream"]
+__all__ = ["Plan", "check_readable", "stream"]
 
 # Prompts that are sorted by length and batched together: enough that sorting pays, few enough to begin soon.
 _WINDOW = 4096
@@ -68,18 +68,17 @@ def _read(model: Model, prompts: Mapping[int, Tokenised], plan: Plan) -> Iterato
     twins = _identical(prompts)
     ids = {row: prompts[row].ids for row in twins}
     order, packs, limit = length_order(ids, ids), can_pack(model), reach(model)
-    packable = [row for row in order if packs and (limit is None or len(ids[row]) <= limit)]
-    shared = _shared_start([ids[row] for row in packable])
-    reader = Reader(model, plan.hook_points, plan.poolings, reuse=plan.reuse, shared=shared)
-    padded = len(order) - len(packable)
-    budget = plan.max_tokens or fitting_tokens(model)
+    padded = 0 if packs and limit is None else sum(not packs or len(ids[row]) > (limit or 0) for row in order)
+    # Where the longest prompt decides the frequencies of all, those beyond the limit keep to themselves.
+    apart = sum(len(ids[row]) > (limit or 0) for row in order) if stretches(model) else 0
+    reader = _reader(model, plan, _shared_start([ids[row] for row in order[padded:]]))
+    budget = fitting_tokens(model) if plan.max_tokens is None else plan.max_tokens
     flying: deque[Launched] = deque()
     done = 0
     while done < len(order):
         packed = done >= padded
-        prefix = len(shared) if packed else 0
-        ahead_of_us = order[done:] if packed else order[done:padded]
-        batch = next_batch(ids, ahead_of_us, max_tokens=budget, packed=packed, prefix=prefix)
+        near = order[done : done + 1] if done < apart else order[done:] if packed else order[done:padded]
+        batch = next_batch(ids, near, max_tokens=budget, packed=packed, prefix=reader.shared if packed else 0)
         try:
             flying.append(reader.launch(batch, prompts))
         except (RuntimeError, MemoryError) as error:
@@ -99,6 +98,17 @@ def _read(model: Model, prompts: Mapping[int, Tokenised], plan: Plan) -> Iterato
             yield _with_twins(flying.popleft().wait(plan.hook_points), twins)
     for launched in flying:
         yield _with_twins(launched.wait(plan.hook_points), twins)
+
+
+def _reader(model: Model, plan: Plan, shared: Sequence[int]) -> Reader:
+    """A reader of packed batches that begin alike; where that beginning does not fit, each prompt brings its own."""
+    try:
+        return Reader(model, plan.hook_points, plan.poolings, reuse=plan.reuse, shared=shared)
+    except (RuntimeError, MemoryError) as error:
+        if not shared or not _is_out_of_memory(error):
+            raise
+        _free_unused()
+        return Reader(model, plan.hook_points, plan.poolings, reuse=plan.reuse)
 
 
 def _identical(prompts: Mapping[int, Tokenised]) -> dict[int, list[int]]:
@@ -138,17 +148,34 @@ def _shared_start(ids: Sequence[np.ndarray]) -> list[int]:
 
 
 def _tokenised(model: Model, texts: Sequence[str], plan: Plan, rows: Sequence[int]) -> dict[int, Tokenised]:
-    """Some rows as the model reads them, none longer than it can."""
+    """Some rows as the model reads them; whatever is wrong with one shows here, and not when its turn comes."""
     asked = {pooling.region for pooling in plan.poolings.values()}
     prompts = tokenise(model.tokenizer, texts, plan.conversation, rows=rows, regions=asked)
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     for row, prompt in zip(rows, prompts, strict=True):
-        if limit is not None and len(prompt) > limit:
-            raise PromptError(
-                f"prompt {row} has {len(prompt):,} tokens, expected at most {limit:,}, the positions of {model.name}",
-                hint=f"Leave it out, or have it cut: truncate_to={limit}.",
-            )
+        check_readable(model, prompt.ids, row)
+        for pooling in plan.poolings.values():
+            pooling.tokens(prompt, row)
     return dict(zip(rows, prompts, strict=True))
+
+
+def check_readable(model: Model, ids: Sequence[int] | np.ndarray, row: int, *, more: int = 0) -> None:
+    """Check that a model can read some tokens, and write some more.
+
+    Raises:
+        PromptError: It has no such tokens, or fewer positions.
+    """
+    vocab = model.hf.get_input_embeddings().weight.shape[0]
+    if len(ids) and not 0 <= min(ids) <= max(ids) < vocab:
+        raise PromptError(
+            f"prompt {row} has the token id {min(ids) if min(ids) < 0 else max(ids)}, expected 0 to {vocab - 1}",
+            hint="Pass token ids of this model's tokenizer, or text.",
+        )
+    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and len(ids) + more > limit:
+        raise PromptError(
+            f"prompt {row} has {len(ids) + more:,} tokens, expected at most {limit:,}, the positions of {model.name}",
+            hint=f"Leave it out, or have it cut: truncate_to={limit - more}.",
+        )
 
 
 # --- memory

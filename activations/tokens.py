@@ -55,7 +55,7 @@ class Conversation:
         system: System prompt before each prompt.
         answers: What follows each prompt, as text or as token ids; None for nothing.
         span: Text to find in each prompt, for the region "span": one for all, or one for each.
-        truncate_to: Longer conversations lose the end of their user's text until they have so many tokens.
+        truncate_to: Longer prompts lose the end of their user's text until they have so many tokens, answers apart.
     """
 
     system: str = ""
@@ -69,18 +69,24 @@ class Conversation:
         Raises:
             OptionError: There is not, or the length to cut to is not positive.
         """
+        if isinstance(self.answers, str):
+            raise OptionError(
+                "answers is one text: expected one for each prompt", hint=f"Repeat it: [text] * {prompts}."
+            )
         for name, given in (("answers", self.answers), ("span", self.span)):
             if given is not None and not isinstance(given, str) and len(given) != prompts:
                 raise OptionError(f"{name} has {len(given)} entries for {prompts} prompts: expected one for each")
         if self.truncate_to is not None and self.truncate_to < 1:
-            raise OptionError(f"truncate_to is {self.truncate_to}: expected at least 1 token")
+            raise OptionError(f"truncate_to is {self.truncate_to}: expected a number of tokens, at least 1")
 
     @property
     def regions_hash(self) -> str:
         """SHA-256 of answers and spans; "" without any."""
         if self.answers is None and self.span is None:
             return ""
-        answers = None if self.answers is None else [a if isinstance(a, str) else list(a) for a in self.answers]
+        answers = (
+            None if self.answers is None else [a if isinstance(a, str) else list(map(int, a)) for a in self.answers]
+        )
         span = self.span if self.span is None or isinstance(self.span, str) else list(self.span)
         return hashlib.sha256(json.dumps([answers, span]).encode()).hexdigest()
 
@@ -131,6 +137,8 @@ def tokenise(
     how.require_one_each(len(prompts))
     chosen = range(len(prompts)) if rows is None else rows
     wanted = set(regions) & _FOUND
+    for row in chosen:
+        _check_text(prompts[row], row)
     rendered = [_rendered(tokenizer, prompts[row], how.system, row) for row in chosen]
     searched = bool(wanted) or how.truncate_to is not None
     around = _around(tokenizer, how.system) if searched else ("", "")
@@ -139,9 +147,8 @@ def tokenise(
         one = _Conversation(text, around, ids, spans, _answer_ids(tokenizer, how, row), row)
         if how.truncate_to is not None:
             one.cut(how.truncate_to)
-        if not one.ids or not prompts[row].strip():
-            what = "is empty: expected text" if one.ids else "becomes no tokens"
-            raise PromptError(f"prompt {row} {what}", hint="Remove empty prompts.")
+        if not one.ids:
+            raise PromptError(f"prompt {row} becomes no tokens", hint="Remove it, or mend the base's template.")
         span = how.span if how.span is None or isinstance(how.span, str) else how.span[row]
         found = {name: one.region(name, span) for name in ("prompt", "answer", "text", *wanted)}
         made.append(Tokenised(np.array([*one.ids, *one.answer], dtype=np.int32), found))
@@ -166,6 +173,15 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 # --- texts
 
 
+def _check_text(prompt: object, row: int) -> None:
+    if not isinstance(prompt, str):
+        raise PromptError(f"prompt {row} is a {type(prompt).__name__}: expected text", hint="Pass a list of strings.")
+    if not prompt.strip():
+        raise PromptError(f"prompt {row} is empty: expected text", hint="Remove empty prompts.")
+    if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+        raise PromptError(f"prompt {row} is no text: it holds half a surrogate pair", hint="Remove or mend it.")
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str, row: int) -> str:
     if tokenizer.chat_template is None:
         return f"{system}\n\n{prompt}" if system else prompt
@@ -185,7 +201,15 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str, row:
             enable_thinking=False,  # templates that know it begin with the answer then, not with thoughts about it
         )
     # A template is a program: beside what it raises itself, its mistakes are Python's own errors.
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         hint = "Leave the system prompt out if the template takes none." if system else "Mend the base's template."
         raise PromptError(f"the base's chat template refuses prompt {row}: {error}", hint=hint) from error
     return text
@@ -231,7 +255,9 @@ def _answer_ids(tokenizer: PreTrainedTokenizerBase, how: Conversation, row: int)
     if how.answers is None:
         return []
     answer = how.answers[row]
-    return list(tokenizer(answer, add_special_tokens=False)["input_ids"]) if isinstance(answer, str) else list(answer)
+    if isinstance(answer, str):
+        return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return [int(token) for token in answer]
 
 
 @dataclass
@@ -256,25 +282,30 @@ class _Conversation:
         return user if name == "user" else (user[1], len(self.ids))
 
     def cut(self, length: int) -> None:
-        excess = len(self.ids) + len(self.answer) - length
+        excess = len(self.ids) - length
         if excess <= 0:
             return
-        start, end = self._user()
-        if excess >= end - start:
+        start, end = self._user_characters()
+        # A token on the border belongs to the template too, and stays.
+        inside = [i for i, (a, b) in enumerate(self.spans) if start <= a < b <= end]
+        if excess >= len(inside):
             raise PromptError(
-                f"prompt {self.row} cannot lose {excess:,} tokens: its user's text has {end - start:,}",
+                f"prompt {self.row} cannot lose {excess:,} tokens: its user's text has {len(inside):,}",
                 hint="Pass a larger truncate_to.",
             )
-        del self.ids[end - excess : end], self.spans[end - excess : end]
+        del self.ids[inside[-excess] : inside[-1] + 1], self.spans[inside[-excess] : inside[-1] + 1]
 
     def _user(self) -> tuple[int, int]:
+        return self._from_characters(*self._user_characters())
+
+    def _user_characters(self) -> tuple[int, int]:
         before, behind = self.around
         if not (self.text.startswith(before) and self.text.endswith(behind)):
             raise PromptError(
                 f"the user's text cannot be told from the template around it in prompt {self.row}",
                 hint="The template writes something else around other prompts: use the region 'prompt'.",
             )
-        return self._from_characters(len(before), len(self.text) - len(behind))
+        return len(before), len(self.text) - len(behind)
 
     def _span(self, span: str | None) -> tuple[int, int]:
         if not span:

@@ -14,7 +14,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from activations.models import Model, load_model
+from activations.loading import load_model
+from activations.models import Model
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 _CHAT = (
@@ -60,6 +61,19 @@ _FURTHER: dict[str, Callable[[], Any]] = {
     "qwen2-moe": lambda: hf.Qwen2MoeConfig(**_SHARED_HEADS, **_EXPERTS, moe_intermediate_size=32),
     "gpt-oss": lambda: hf.GptOssConfig(**_LLAMA, **_LOCAL_EXPERTS, sliding_window=8, layer_types=_LOCAL),
     "gemma2": lambda: hf.Gemma2Config(**_LLAMA, sliding_window=8),
+    "llama4": lambda: hf.Llama4TextConfig(**_LLAMA, intermediate_size_mlp=64, num_local_experts=2),
+    "phi3-longrope": lambda: hf.Phi3Config(
+        **_LLAMA,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 6,
+            "long_factor": [4.0] * 6,
+        },
+    ),
     "bloom": lambda: hf.BloomConfig(**_TOKENS, hidden_size=48, n_layer=3, n_head=4),
     "qwen3-next": lambda: hf.Qwen3NextConfig(
         **_LLAMA,

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from activations.errors import HookPointError, ModelError, NotCausalError, SelfTestError
-from activations.hook_points import HEADS, RESID_POST, ROUTER, HookPoints, Site, layer_of, self_test
+from activations.hook_points import HEADS, RESID_POST, ROUTER, HookPoints, Site, layer_of
 from activations.models import Model
+from activations.self_test import self_test
 from activations.weights import slots_of
 
 IDS = torch.tensor([[1, 72, 104, 108, 111, 5, 40, 200], [9, 3, 77, 150, 31, 64, 250, 12]])

@@ -165,3 +165,57 @@ def test_each_prompt_keeps_a_token_of_its_own(llama: Model, monkeypatch: pytest.
     assert stream._shared_start([np.arange(5), np.arange(9), np.arange(5)]) == [0, 1, 2, 3]
     assert stream._shared_start([np.arange(5)]) == []
     assert stream._shared_start([np.arange(5), np.arange(1, 6)]) == []
+
+
+# What a small example cannot show
+
+
+def massive(network: Any) -> Any:
+    """As trained models are: a few values of the first token would drown a difference in all others."""
+    network.model.embed_tokens.weight.data[7, :2] = 300  # the first token of the example
+    return network
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_massive_activations_hide_no_leak(
+    dtype: str, tiny_network: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert can_pack(load_model(massive(tiny_network("llama")), tokenizer=tokenizer, dtype=dtype))
+    whole = packing._one_by_one
+
+    def leaking(query: Any, key: Any, value: Any, scaling: Any, layout: Any) -> Any:
+        return whole(query, key, value, scaling, packing._Layout([sum(layout.lengths)], layout.prefix))
+
+    monkeypatch.setattr(packing, "_one_by_one", leaking)
+    assert not can_pack(load_model(massive(tiny_network("llama")), tokenizer=tokenizer, dtype=dtype))
+
+
+def test_a_trial_counts_for_its_dtype_alone_and_only_with_numbers(
+    tiny_network: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny_network("llama")
+    model = load_model(network, tokenizer=tokenizer)
+    tried: list[torch.dtype] = []
+    trial = packing._packs_exactly
+    monkeypatch.setattr(packing, "_packs_exactly", lambda m: (tried.append(m.dtype), trial(m))[1])
+    weight = network.model.layers[0].mlp.down_proj.weight
+    kept, weight.data = weight.data, torch.full_like(weight, float("nan"))
+    assert not can_pack(model)
+    weight.data = kept
+    assert can_pack(model)
+    assert can_pack(model)
+    assert can_pack(load_model(network, tokenizer=tokenizer, dtype="bfloat16"))
+    assert tried == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_attention_that_counts_tokens_along_the_row_is_not_packed(tiny: Callable[[str], Model]) -> None:
+    assert not can_pack(tiny("llama4"))
+
+
+def test_prompts_beyond_the_original_context_change_no_shorter_one(tiny: Callable[[str], Model]) -> None:
+    model = tiny("phi3-longrope")
+    assert reach(model) == 32
+    far = ["y" * 40, "z" * 60, *PROMPTS]
+    together = extract(model, far, pooling="all", max_tokens=4096).tokens
+    for prompt, got in zip(far, together, strict=True):
+        assert distance(got[:-1], alone(model, prompt)) < TOLERANCE

@@ -17,7 +17,7 @@ from tokenizers import processors
 
 from activations import prompts as module
 from activations.errors import LabelError, OptionError, PathMissingError, PromptError
-from activations.prompts import PromptSet, load_prompts, shipped_prompt_sets
+from activations.prompts import PromptSet, load_prompts, shipped_licences, shipped_prompt_sets
 from activations.tokens import format_prompt, template_hash
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,32 @@ def test_every_source_of_a_shipped_prompt_is_credited(name: str) -> None:
     assert not [source for source in sources if f"`{source}`" not in credited]
 
 
+def test_the_table_of_licences_is_the_one_that_people_read() -> None:
+    text = (ROOT / "activations" / "prompt_sets" / "SOURCES.md").read_text(encoding="utf-8")
+    written = {}
+    for line in text.partition("## Licences of the sources")[2].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[0].startswith("`"):
+            written |= {name.strip("` "): cells[2] for name in cells[0].split(",")}
+    assert shipped_licences() == written
+    assert len(written) == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("jailbreakbench", "MIT"),
+        ("everyday", "Apache-2.0, BSD-3-Clause, ODC-BY"),
+        ("matched-pairs", "Apache-2.0, CC BY 4.0, MIT, ODC-BY"),
+        ("screening", "Apache-2.0, BSD-3-Clause, CC BY 4.0, MIT, ODC-BY"),
+    ],
+)
+def test_a_shipped_set_names_the_licences_of_its_rows(name: str, licence: str) -> None:
+    prompts = load_prompts(name)
+    assert prompts.licence == licence
+    assert prompts.sources == tuple(row["source"] for row in shipped_rows(name))
+
+
 # The set
 
 
@@ -128,6 +154,16 @@ def test_a_set_of_one_class_says_which_class_it_lacks(harmful: bool) -> None:
 def test_columns_of_different_length_are_refused() -> None:
     with pytest.raises(PromptError, match="2 prompts, 1 labels and 2 pair ids"):
         PromptSet("broken", ("a", "b"), (True,), ("1", "2"))
+    with pytest.raises(PromptError, match="1 sources for 2 prompts"):
+        PromptSet("broken", ("a", "b"), (True, False), ("1", "2"), sources=("here",))
+
+
+def test_rows_keep_their_sources_and_the_set_its_licence() -> None:
+    chosen = load_prompts("jailbreakbench").select([5, 1])
+    rows = shipped_rows("jailbreakbench")
+    assert chosen.sources == (rows[5]["source"], rows[1]["source"])
+    assert chosen.licence == "MIT"
+    assert PAIRS.select([0]).sources == ()
 
 
 # Files of users
@@ -183,15 +219,65 @@ def test_a_broken_line_is_named(line: str, reason: str, tmp_path: Path) -> None:
 def test_a_csv_with_an_endless_field_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.csv"
     path.write_text(f'prompt,label\n"{"a" * 200_000}",harmful\n')
-    with pytest.raises(PromptError, match=r"line 1 is no CSV: field larger than field limit"):
+    with pytest.raises(PromptError, match=r"line 2 is no CSV: field larger than field limit"):
         load_prompts(path)
 
 
-def test_a_csv_without_the_columns_is_named(tmp_path: Path) -> None:
+def test_a_csv_without_the_columns_is_named_once(tmp_path: Path) -> None:
     path = tmp_path / "set.csv"
-    path.write_text("text,label\nhello,benign\n")
-    with pytest.raises(PromptError, match="line 2 has no prompt"):
+    path.write_text("text,label\nhello,benign\nhi,benign\n")
+    with pytest.raises(PromptError, match="line 1, the header, has the columns text, label: expected") as caught:
         load_prompts(path)
+    assert "line 2" not in caught.value.message
+
+
+def test_a_prompt_with_an_unquoted_comma_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("prompt,label\nhow, then,harmful\nhello,benign\n")
+    with pytest.raises(PromptError, match="line 2 has more fields than the header: a prompt with a comma needs quotes"):
+        load_prompts(path)
+
+
+def test_every_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(GOOD + '{\n\n"text"\n{"prompt": "c", "label": "\x1b[31mevil"}\n'.replace("\x1b", "\\u001b") + GOOD)
+    with pytest.raises(PromptError) as caught:
+        load_prompts(path)
+    message = caught.value.message
+    assert message.startswith("3 of 7 lines are broken: line 3 is no JSON")
+    assert "; line 5 is no object" in message
+    assert "; line 6 has the label '\\x1b[31mevil'" in message
+    assert "more" not in message
+
+
+def test_twenty_broken_lines_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(GOOD + ('{"prompt": "c", "label": "' + "evil" * 99 + '"}\n') * 31)
+    with pytest.raises(PromptError) as caught:
+        load_prompts(path)
+    message = caught.value.message
+    assert message.startswith("31 of 33 lines are broken: ")
+    assert [f"line {number} has" in message for number in (3, 22, 23)] == [True, True, False]
+    assert message.endswith("; and 11 more")
+
+
+def test_a_csv_goes_on_behind_a_broken_line_until_its_rows_are_lost(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(f'prompt,label\na,evil\nb,benign\n"{"a" * 200_000}",harmful\nc,evil\n')
+    with pytest.raises(
+        PromptError, match=r"2 of 3 lines are broken: line 2 has the label .*; line 4 is no CSV"
+    ) as caught:
+        load_prompts(path)
+    assert "line 5" not in caught.value.message
+
+
+def test_sources_of_an_own_file_are_kept_where_it_has_any(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("prompt,label,source\na,harmful,here\nb,benign,\n")
+    assert load_prompts(path).sources == ("here", "")
+    assert load_prompts(path).licence == ""
+    (tmp_path / "plain.jsonl").write_text(GOOD)
+    assert load_prompts(tmp_path / "plain.jsonl").sources == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00"], ids=["empty", "blank", "not-utf-8"])

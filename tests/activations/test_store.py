@@ -228,6 +228,7 @@ OTHERS = {
     "template": "plain text",
     "truncated_to": 512,
     "regions_hash": "c" * 64,
+    "config_hash": "c" * 64,
     "harmful": None,
     "pair_ids": None,
     "version": "9.9.9",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from activations import stream as module
 from activations.background import ahead, behind
-from activations.errors import MemoryLimitError, NonFiniteError, OptionError, PromptError
+from activations.errors import MemoryLimitError, NonFiniteError, OptionError, PromptError, StoreError
 from activations.extract import extract
 from activations.forward import Reader
 from activations.loading import load_model
@@ -202,6 +203,41 @@ def test_several_poolings_go_to_a_folder_and_each_file_goes_on_alone(llama: Mode
         np.testing.assert_array_equal(got, expected)
 
 
+def test_a_shared_beginning_is_gathered_in_parts(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    reduce = torch.segment_reduce
+    monkeypatch.setattr(
+        torch, "segment_reduce", lambda data, *a, **k: (gathered.append(len(data)), reduce(data, *a, **k))[1]
+    )
+    many = [f"prompt {i}" for i in range(40)]
+    got = extract(
+        llama, many, pooling="mean", system="s" * 100, hook_points=["blocks.0.hook_resid_post"], max_tokens=512
+    )
+    assert max(gathered) < 0.5 * sum(gathered)
+    assert max(gathered) <= 2 * (512 + 120)
+    monkeypatch.setattr(module, "_SHARED_TOKENS", 10**6)
+    plain = extract(llama, many, pooling="mean", system="s" * 100, hook_points=[name])
+    np.testing.assert_allclose(got.values, plain.values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_beginning_that_does_not_fit_is_read_with_each_prompt(llama: Model) -> None:
+    whole = extract(llama, PROMPTS, system="T4 " * 10).values
+    calls: list[int] = []
+
+    def no_room_for_the_front(_: Any, args: tuple[Any, ...]) -> None:
+        calls.append(args[0].numel())
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("too much")
+
+    handle = llama.hf.model.embed_tokens.register_forward_pre_hook(no_room_for_the_front)
+    try:
+        got = extract(llama, PROMPTS, system="T4 " * 10)
+    finally:
+        handle.remove()
+    assert len(calls) == 2
+    np.testing.assert_allclose(got.values, whole, rtol=1e-4, atol=1e-5)
+
+
 # Numbers that are none
 
 
@@ -219,6 +255,86 @@ def test_an_infinite_activation_is_named_by_layer_and_prompt(
         with pytest.raises(NonFiniteError, match=r"NaN or infinite at blocks\.0\.hook_resid_post of prompt 4 \(mean\)"):
             extract(model, PROMPTS, pooling="mean", **options)
     extract(model, PROMPTS[:4], pooling="mean")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"answers": "Sure"}, OptionError, "answers is one text"),
+        (
+            {"answers": [[1], [2], [3], [4], [99999]], "pooling": "all@answer"},
+            PromptError,
+            "prompt 4 has the token id 99999",
+        ),
+        ({"answers": [[1], [-2], [3], [4], [5]]}, PromptError, "prompt 1 has the token id -2"),
+        ({"answers": 250}, PromptError, "prompt 0 has 271 tokens, expected at most 256"),
+        ({"pooling": 3}, OptionError, "unknown pooling 3"),
+        ({"pooling": "last@user[40:]"}, PromptError, "prompt 0 has no token at 'user'"),
+        ({"max_tokens": 0}, OptionError, "max_tokens is 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(
+    options: dict[str, Any], error: type[Exception], message: str, llama: Model
+) -> None:
+    with pytest.raises(error, match=message):
+        extract(llama, PROMPTS, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [("Hello", "prompts is one text"), (["Hi", None], "prompt 1 is a NoneType"), (["\ud800"], "half a surrogate pair")],
+)
+def test_prompts_that_are_none_are_named(prompts: Any, message: str, llama: Model) -> None:
+    with pytest.raises((OptionError, PromptError), match=message):
+        extract(llama, prompts)
+
+
+def test_prompts_may_come_from_a_generator_and_answers_as_arrays(llama: Model) -> None:
+    texts = iter(PROMPTS[:2])
+    got = extract(llama, texts, pooling="last@answer", answers=[np.array([5, 6]), torch.tensor([7])])  # type: ignore[arg-type, list-item]
+    expected = extract(llama, PROMPTS[:2], pooling="last@answer", answers=[[5, 6], [7]])
+    np.testing.assert_array_equal(got.values, expected.values)
+    assert got.provenance == expected.provenance
+
+
+def test_a_folder_that_cannot_be_made_is_named(llama: Model, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StoreError, match="no folder can be made here"):
+        extract(llama, PROMPTS, pooling=["last"], out=tmp_path / "taken")
+    made = extract(llama, PROMPTS, pooling=["last"], out=tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder" / "last.h5").is_file()
+    assert list(made) == ["last"]
+
+
+def test_truncated_prompts_are_answered_as_they_are_read(llama: Model) -> None:
+    got = extract(llama, PROMPTS, pooling="all@text", answers=3, truncate_to=30)
+    prompts = extract(llama, PROMPTS, pooling="all", truncate_to=30)
+    assert max(prompt.shape[1] for prompt in prompts.tokens) == 30
+    for text, prompt in zip(got.tokens, prompts.tokens, strict=True):
+        assert prompt.shape[1] <= 30
+        np.testing.assert_allclose(text[:, : prompt.shape[1]], prompt, rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_weights_under_another_configuration_are_another_base(
+    tiny_network: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    extract(load_model(tiny_network("llama"), tokenizer=tokenizer), PROMPTS, out=tmp_path / "out.h5")
+    other = tiny_network("llama")
+    other.config.rms_norm_eps = 1e-3
+    with pytest.raises(StoreError, match="config_hash is"):
+        extract(load_model(other, tokenizer=tokenizer), PROMPTS, out=tmp_path / "out.h5")
+
+
+def test_two_threads_on_one_model_leave_it_as_it_was(llama: Model) -> None:
+    expected, before = extract(llama, PROMPTS, max_tokens=64).values, llama.hf.config._attn_implementation
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(extract, llama, PROMPTS, max_tokens=64) for _ in range(6)]
+    for run in runs:
+        np.testing.assert_array_equal(run.result().values, expected)
+    assert llama.hf.config._attn_implementation == before
 
 
 # Threads
@@ -293,4 +409,4 @@ def test_what_the_writer_raises_reaches_the_reader_and_ends_the_work() -> None:
 
     with pytest.raises(OSError, match="disk full"):
         run()
-    assert max(done) < 50
+    assert done == [0, 1]

@@ -71,7 +71,7 @@ def test_answers_may_be_token_ids(tokenizer: Any) -> None:
 
 
 def test_what_is_cut_is_the_end_of_the_users_text(tokenizer: Any) -> None:
-    how = Conversation(answers=["!", "!"], truncate_to=25)
+    how = Conversation(answers=["!", "!"], truncate_to=24)
     long, short = tokenise(tokenizer, ["abcdefgh", "a"], how)
     assert tokenizer.decode(long.ids) == "<bos><user>abcde<eos><assistant>!"
     assert tokenizer.decode(long.ids[slice(*long.regions["answer"])]) == "!"
