@@ -1,372 +1,398 @@
 """How fast activations leave the model: ours against what a researcher would otherwise write.
 
-    python benchmarks/extraction.py [--quick] [--json FILE] [--device cpu|cuda]
+    python benchmarks/extraction.py [--quick] [--json FILE] [--device cpu|cuda] [--threads N] [--nnterp FOLDER]
 
 The task is the same for all: the residual stream after every block, at the last token of each prompt, as float32 on the
-CPU. The same model object, the same prompts from the same text, one process, one thread on a CPU, rivals interleaved.
-Two ways to batch: "as written" (file order, 16 prompts a batch, padded on the right), and "our batches" (sorted by
-length under a token budget), which separates what batching gains from what hooks and stopping early gain. The ideal
-is the bare trunk on sequences of one length with as many real tokens: no padding, no hooks, no text.
+CPU. The same weights, the same prompts from the same text, one process, rivals interleaved. Prompts are shipped ones
+joined and cut to lengths drawn evenly between 10 and 200 tokens; how much padding that costs is a figure.
 
-Models with random weights are Llama-shaped. Their vocabulary is small, so that the unembedding, which we skip and most
-rivals compute, has the share of the work that it has in an 8B model (7 %) and not more. Prompts are shipped ones, of 10
-to 66 tokens; the fewer there are, the more padding is left in batches of a fixed budget, so padding is a figure too.
-On a CPU the clock is the process' own CPU time, which a busy neighbour hardly touches.
+A rival is measured twice: as its users write it (file order, 16 prompts a batch, padded on the right), and, with
+`_packed` in the name, on what our batching makes for models that cannot be packed (sorted by length under a token
+budget), which tells what batching gains from what hooks and stopping early gain. We ourselves run packed, without any
+padding. The ideal is the bare trunk on sequences of one length with as many real tokens: no padding, no hooks, no text,
+and the faster of two batch sizes.
+
+Figures are named "<model> <dtype>/<figure>"; under a plain name stands the model that speaks most against us:
+    ideal_ratio         the ideal's time / ours: 1 is perfect
+    vs_<rival>          the rival's time / ours: above 1 we are faster
+    prefix_reuse_<part> time with the residual stream reused / without, where an adapter changed the last part of the
+                        layers: 0.5 and 0.25 are perfect
+    memory_growth_10x   peak host memory of a process that extracts ten times as many prompts / of one that does not
+    disagreement_*, peak_memory_*, padding_*, matmul_share, speed_at_* say themselves what they are in their unit
+
+On a CPU with one thread the clock is the process' own CPU time, which a busy neighbour hardly touches; else the wall.
+
+nnsight is measured where it is installed. nnterp needs an older one, so it gets a folder and a process of its own:
+    pip install --target FOLDER --no-deps nnterp==1.3.0 nnsight==0.7.0 astor toml
+    pip install --target FOLDER --no-deps python-socketio python-engineio simple-websocket wsproto bidict
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from harness import Figure, Timings, columns, interleaved, parser, peak_growth, shown, span, write
-from torch import Tensor, nn
+from harness import (
+    Clock,
+    Figure,
+    columns,
+    finished,
+    interleaved,
+    matmul_rate,
+    parser,
+    peak_growth,
+    peak_of_process,
+    shown,
+    write,
+)
+from rivals import (
+    BATCH,
+    DTYPES,
+    IDEAL,
+    IDEAL_BUDGETS,
+    LLAMA_1B,
+    LLAMA_8B,
+    OURS,
+    READERS,
+    Shape,
+    as_hidden_states,
+    build,
+    by_length,
+    by_us,
+    file_order,
+    ideal,
+    mixture,
+    numbered,
+    rivals_for,
+    shipped_base,
+    small,
+    tokens,
+    write_adapter,
+)
 
-from activations.batching import token_batches
 from activations.extract import extract
-from activations.models import Model, load_model
-from activations.prompts import format_prompt, load_prompts
-from probes.demo import BASE
+from activations.models import Model
+from activations.reuse import ResidualCache
 
-OURS, IDEAL = "ours", "ideal"
-UNIT = "times ours"
-BATCH = 16
-HEAD_SHARE = 0.07  # of Llama-3-8B's weights outside its embedding
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+THEIRS, REUSE = "their time / ours", "time with reuse / without"
+PARTS = {"half": 2, "quarter": 4}
+RATIOS = ("ideal_ratio", *(f"vs_{name}{way}" for name in READERS for way in ("", "_packed")))
+GROWING = (*(f"prefix_reuse_{part}" for part in PARTS), "memory_growth_10x")
+REQUIRED = (*RATIOS, *GROWING)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model to measure on: `layers` x `d_model` with random weights, or the shipped base where `layers` is 0."""
+    """One model to measure on, how many prompts, and how often."""
 
-    layers: int
-    d_model: int
+    shape: Shape
     dtype: str
     prompts: int
+    rounds: int
 
     @property
     def name(self) -> str:
-        shape = f"{self.layers}x{self.d_model}" if self.layers else "shipped base"
-        return f"{shape} {self.dtype}"
+        return f"{self.shape.name} {self.dtype}"
 
 
-QUICK = (Case(8, 256, "fp32", 128), Case(8, 256, "bf16", 128), Case(0, 0, "fp32", 256))
-FULL = (
-    *(Case(layers, d_model, dtype, 256) for layers, d_model in ((8, 512), (12, 768)) for dtype in DTYPES),
-    *(Case(0, 0, dtype, 898) for dtype in DTYPES),
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        cases: The models.
+        grown: How many prompts the time is measured with, besides lengths and layers.
+        few: How many prompts the memory is measured with; and ten times as many.
+        both_cores: Whether the ideal ratio is also measured with two threads.
+    """
+
+    cases: tuple[Case, ...]
+    grown: tuple[int, ...]
+    few: int
+    both_cores: bool = False
+
+
+QUICK = Scale(tuple(Case(small(8, 256), dtype, 64, 2) for dtype in DTYPES), grown=(1000, 4000), few=1000)
+FULL = Scale(
+    (
+        *(Case(small(8, 512), dtype, 64, 2) for dtype in DTYPES),
+        *(Case(small(12, 768), dtype, 32, 2) for dtype in DTYPES),
+    ),
+    grown=(1000, 10_000, 100_000),
+    few=2000,
+    both_cores=True,
 )
-
-Last = list[np.ndarray]
-"""Of each prompt [layer, d_model]."""
+ON_GPU = (Case(LLAMA_1B, "bf16", 1024, 6), Case(LLAMA_8B, "bf16", 512, 4))
+# Of the ideal ratio, which is near 1 and wants to be known better than the others.
+CORE_ROUNDS = 5
 
 
 def main() -> None:
     options = _options()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    if options.peak_with:
+        print(_peak_with(options.peak_with))
+        return
+    scale = QUICK if options.quick else FULL
+    cases = ON_GPU if options.device == "cuda" else scale.cases
     figures: dict[str, Figure] = {}
-    for case in QUICK if options.quick else FULL:
-        print(f"measuring {case.name}", file=sys.stderr)
-        figures |= measure(case, options)
-    write(figures, options.json, text=ratio_table(figures), device=options.device)
+    for case in cases:
+        _say(case.name)
+        figures |= {f"{case.name}/{name}": figure for name, figure in measure(case, scale, options).items()}
+    if not options.only:
+        _say("growth")
+        figures |= growth(scale, options.device) | memory_growth(scale.few)
+        if options.nnterp:
+            figures |= _of_nnterp(options)
+        figures = worst(figures, [case.name for case in cases]) | figures
+    write(figures, options.json, text=report(figures), device=options.device)
 
 
 def _options() -> argparse.Namespace:
     options = parser(__doc__ or "")
-    options.add_argument("--device", default="cpu", help="where the model runs; cuda is timed by the wall clock")
-    options.add_argument("--rounds", type=int, help="of the timing (quick 4, full 8)")
-    chosen = options.parse_args()
-    chosen.rounds = chosen.rounds or (4 if chosen.quick else 8)
-    return chosen
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the model runs")
+    options.add_argument("--threads", type=int, default=1, help="of torch on the CPU; one is timed best")
+    options.add_argument("--only", default="", metavar="RIVAL", help="measure this rival alone")
+    options.add_argument("--nnterp", metavar="FOLDER", help="measure nnterp from this folder, in a process of its own")
+    options.add_argument("--peak-with", type=int, metavar="N", help="print the peak memory of extracting N prompts")
+    return options.parse_args()
 
 
-def measure(case: Case, options: argparse.Namespace) -> dict[str, Figure]:
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr)
+
+
+def measure(case: Case, scale: Scale, options: argparse.Namespace) -> dict[str, Figure]:
     """All figures of one model."""
-    model = build(case, options.device)
-    texts = prompts_for(case)
-    rivals = rivals_for(model, texts)
-    results = {name: np.stack(rival(texts)) for name, rival in rivals.items() if name != IDEAL}
-    on_cpu = model.device.type == "cpu"
-    timings = interleaved(
-        {name: _finished(partial(rival, texts), model.device) for name, rival in rivals.items()},
-        rounds=options.rounds,
-        clock=time.process_time if on_cpu else time.perf_counter,
-        warm_up=0,  # each has just run once, for its result
-    )
-    figures = padding(model, texts)
-    for name in rivals:
-        figures |= of_rival(name, timings, results, model)
-        if on_cpu:
-            grown = peak_growth(partial(rivals[name], texts))
-            figures[f"{name}/peak memory"] = Figure(grown, "MiB above the model")
-    figures |= {f"{name}/time": Figure(None, UNIT, note=reason) for name, reason in absent().items()}
-    return {f"{case.name}/{name}": figure for name, figure in figures.items()}
-
-
-def of_rival(name: str, timings: Timings, results: dict[str, np.ndarray], model: Model) -> dict[str, Figure]:
-    """Time of one rival relative to ours, and how far its numbers are from ours."""
-    figures = {f"{name}/time": timings.ratio(name, OURS, unit=UNIT) if name != OURS else timings.typical(name)}
-    if name in results and name != OURS:
-        ours = results[OURS]
-        theirs = results[name]
-        if name.startswith("transformers"):
-            ours = as_hidden_states(ours, model)
-        apart = float(np.abs(ours - theirs).max())
-        figures[f"{name}/disagreement"] = Figure(
-            apart, "largest absolute difference", repeats=len(ours), note=f"values up to {np.abs(ours).max():.3g}"
-        )
+    if options.device == "cuda" and 3 * case.shape.weights > torch.cuda.mem_get_info()[0]:
+        return dict.fromkeys(RATIOS, Figure(None, THEIRS, note="the card has too little memory for this model"))
+    model = build(case.shape, case.dtype, options.device)
+    texts = mixture(model.tokenizer, case.prompts)
+    clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter
+    figures = against_rivals(case, model, texts, clock, only=options.only)
+    if not options.only:
+        figures |= padding(tokens(model, texts)) | against_the_ideal(case, model, texts, clock)
+        if scale.both_cores and options.device == "cpu" and options.threads == 1:
+            figures |= on_two_cores(model, texts)
+        figures |= prefix_reuse(model, texts, clock, rounds=case.rounds)
     return figures
 
 
-def ratio_table(figures: dict[str, Figure]) -> str:
-    """One row a model and rival: what a reader wants first, without the units that all rows share."""
-    rows = [("model", "rival", "time / ours", "95 % interval", "disagreement", "peak MiB", "note")]
-    for name, time_figure in figures.items():
-        model, rival, what = name.split("/")
-        if what == "time":
-            near = [figures.get(f"{model}/{rival}/{other}") for other in ("disagreement", "peak memory")]
-            ratio = "1" if rival == OURS else shown(time_figure.value)
-            others = ["" if figure is None else shown(figure.value) for figure in near]
-            rows.append((model, rival, ratio, span(time_figure.interval), *others, time_figure.note))
-    return columns(rows)
+def against_rivals(case: Case, model: Model, texts: Sequence[str], clock: Clock, *, only: str) -> dict[str, Figure]:
+    """Time of each rival over ours, how far its numbers are from ours, and what it holds in memory."""
+    rivals = rivals_for(model, only=only)
+    results, figures, runs = {}, {}, {}
+    for name, rival in rivals.items():
+        rival(texts[:2])  # what is set up once is not what is measured
+        run = _Kept(partial(rival, texts if model.device.type == "cuda" else texts[:BATCH]))  # a CPU's batch
+        try:
+            grown = peak_growth(run, device=model.device.type)
+        except torch.OutOfMemoryError:
+            figures[f"vs_{name}"] = Figure(None, THEIRS, note="does not fit into the card's memory")
+            continue
+        results[name], runs[name] = np.stack(run.result), finished(partial(rival, texts), model.device.type)
+        figures[f"peak_memory_{name}"] = Figure(grown, "MiB above the model")
+    timings = interleaved(runs, rounds=case.rounds, clock=clock, warm_up=0)
+    figures["seconds_ours"] = timings.typical(OURS)
+    for name in results.keys() - {OURS}:
+        figures[f"vs_{name}"] = timings.ratio(name, OURS, unit=THEIRS)
+        figures[f"disagreement_{name}"] = disagreement(name, results[name], results[OURS], model)
+    return figures
 
 
-def _finished(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU a call has returned before its work is done: wait for it."""
-    if device.type == "cpu":
-        return call
+class _Kept:
+    """A call that keeps its result."""
 
-    def waiting() -> None:
-        call()
-        torch.cuda.synchronize(device)
+    def __init__(self, call: Callable[[], list[np.ndarray]]) -> None:
+        self.call = call
+        self.result: list[np.ndarray] = []
 
-    return waiting
-
-
-# --- models and prompts
+    def __call__(self) -> None:
+        self.result = self.call()
 
 
-def build(case: Case, device: str) -> Model:
-    """The shipped base, or a random Llama with the shipped tokenizer."""
-    dtype = DTYPES[case.dtype]
-    base = load_model(BASE, device=device, dtype=str(dtype).removeprefix("torch."))
-    if not case.layers:
-        return base
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width = case.d_model
-    feed_forward = round(8 / 3 * width / 64) * 64
-    block = 4 * width**2 + 3 * width * feed_forward
-    config = LlamaConfig(
-        vocab_size=max(len(base.tokenizer), round(HEAD_SHARE * case.layers * block / width)),
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_hidden_layers=case.layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=1024,
-    )
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(config).to(device=device, dtype=dtype)
-    return load_model(hf, tokenizer=base.tokenizer)
+def disagreement(name: str, theirs: np.ndarray, ours: np.ndarray, model: Model) -> Figure:
+    if name.startswith("hf_"):
+        ours = as_hidden_states(ours, model)
+    apart = float(np.abs(ours - theirs).max())
+    return Figure(apart, "largest absolute difference", None, len(ours), f"values up to {np.abs(ours).max():.3g}")
 
 
-def prompts_for(case: Case) -> tuple[str, ...]:
-    """Shipped prompts in random order, so that neighbours differ in length as they do in a file."""
-    shipped = load_prompts("matched-pairs").prompts
-    chosen = np.random.default_rng(0).permutation(len(shipped))[: case.prompts]
-    return tuple(shipped[i] for i in chosen)
-
-
-def padding(model: Model, texts: Sequence[str]) -> dict[str, Figure]:
-    """Padded tokens over real tokens of both ways to batch."""
-    ids = tokens(model, texts)
-    real = sum(map(len, ids))
-    ways = {"as written": file_order(ids), "our batches": our_batches(ids)}
-    return {
-        f"{name}/padding": Figure(
-            sum(b.ids.numel() for b in batches) / real, "padded tokens / real tokens", repeats=real
-        )
+def padding(ids: Sequence[list[int]]) -> dict[str, Figure]:
+    """Padded tokens over real tokens of all ways to batch, and the lengths they come from."""
+    lengths = [len(row) for row in ids]
+    ways = {"as_written": file_order(ids), "packed": by_length(ids)}
+    unit, spread = "padded tokens / real tokens", f"prompts of {min(lengths)} to {max(lengths)} tokens"
+    figures = {
+        f"padding_{name}": Figure(sum(b.ids.numel() for b in batches) / sum(lengths), unit, None, len(ids), spread)
         for name, batches in ways.items()
     }
+    figures["padding_ours"] = Figure(1.0, unit, None, len(ids), "packed: no padding")
+    return figures | {"mean_length": Figure(sum(lengths) / len(lengths), "tokens", None, len(ids), spread)}
 
 
-# --- batches, as plain tensors that any rival can take
-
-
-@dataclass(frozen=True)
-class Padded:
-    ids: Tensor
-    mask: Tensor
-    rows: Sequence[int]
-
-    def to(self, device: torch.device) -> Padded:
-        return Padded(self.ids.to(device), self.mask.to(device), self.rows)
-
-    def last_of(self, hidden: Tensor) -> Tensor:
-        """The hidden state of each prompt's last token."""
-        return hidden[torch.arange(len(hidden), device=hidden.device), self.mask.sum(1) - 1]
-
-
-Batches = Callable[[Sequence[list[int]]], list[Padded]]
-
-
-def tokens(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    return [format_prompt(model.tokenizer, text) for text in texts]
-
-
-def file_order(ids: Sequence[list[int]], size: int = BATCH) -> list[Padded]:
-    batches = []
-    for start in range(0, len(ids), size):
-        chunk = [torch.tensor(row) for row in ids[start : start + size]]
-        lengths = torch.tensor([len(row) for row in chunk])
-        padded = nn.utils.rnn.pad_sequence(chunk, batch_first=True)
-        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        batches.append(Padded(padded, mask, range(start, start + len(chunk))))
-    return batches
-
-
-def our_batches(ids: Sequence[list[int]]) -> list[Padded]:
-    return [Padded(batch.input_ids, batch.mask.long(), batch.rows) for batch in token_batches(ids)]
-
-
-def one_by_one(ids: Sequence[list[int]]) -> list[Padded]:
-    return file_order(ids, size=1)
-
-
-# --- the rivals: each takes texts and returns every prompt's [layer, d_model]
-
-
-def rivals_for(model: Model, texts: Sequence[str]) -> dict[str, Callable[[Sequence[str]], Last]]:
-    """Name to rival; all on one model's weights."""
-    bridge = model.bridge()
-    both: dict[str, Batches] = {"as written": file_order, "our batches": our_batches}
-    readers: dict[str, Callable[[Padded], Tensor]] = {
-        "transformers output_hidden_states": partial(by_hidden_states, model),
-        "transformer_lens run_with_cache": partial(by_cache, bridge),
-        "hooks that keep everything": partial(by_trace, model),
-        **optional(model),
-    }
-    rivals: dict[str, Callable[[Sequence[str]], Last]] = {OURS: partial(by_us, model)}
-    for name, reader in readers.items():
-        rivals |= {f"{name}, {way}": partial(batched, model, reader, batches) for way, batches in both.items()}
-    alone = partial(batched, model, readers["transformers output_hidden_states"], one_by_one)
-    rivals["transformers output_hidden_states, one by one"] = alone
-    rivals[IDEAL] = ideal(model, texts)
-    return rivals
-
-
-def by_us(model: Model, texts: Sequence[str]) -> Last:
-    return list(extract(model, texts).values.transpose(1, 0, 2))
-
-
-@torch.inference_mode()
-def batched(model: Model, read: Callable[[Padded], Tensor], batches: Batches, texts: Sequence[str]) -> Last:
-    """Run a reader, which gives [prompt, layer, d_model] of one batch, over all batches."""
-    out: Last = [np.empty(0)] * len(texts)
-    for batch in batches(tokens(model, texts)):
-        vectors = read(batch.to(model.device)).float().cpu().numpy()
-        for row, vector in zip(batch.rows, vectors, strict=True):
-            out[row] = vector
-    return out
-
-
-def by_hidden_states(model: Model, batch: Padded) -> Tensor:
-    result = model.hf(batch.ids, attention_mask=batch.mask, output_hidden_states=True)
-    return torch.stack([batch.last_of(state) for state in result.hidden_states[1:]], dim=1)
-
-
-def by_cache(bridge: nn.Module, batch: Padded) -> Tensor:
-    wanted = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    _, cache = bridge.run_with_cache(batch.ids, attention_mask=batch.mask, names_filter=wanted)
-    return torch.stack([batch.last_of(cache[name]) for name in wanted], dim=1)
-
-
-def by_trace(model: Model, batch: Padded) -> Tensor:
-    with trace(model.hf.get_decoder().layers) as kept:
-        model.hf(batch.ids, attention_mask=batch.mask)
-    return torch.stack([batch.last_of(hidden) for hidden in kept], dim=1)
-
-
-@contextmanager
-def trace(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Keep every layer's output, whole, until the forward pass is over: the idea of baukit's TraceDict."""
-    kept: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
-        for layer in layers
-    ]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def as_hidden_states(ours: np.ndarray, model: Model) -> np.ndarray:
-    """Ours [prompt, layer, d_model] as transformers reports it: the last layer has the final norm applied there."""
-    norm = model.hook_points.final_norm
-    last = torch.from_numpy(ours[:, -1].copy()).to(model.device, model.dtype)
-    with torch.inference_mode():
-        normed = (norm(last) if norm is not None else last).float().cpu().numpy()
-    return np.concatenate([ours[:, :-1], normed[:, None]], axis=1)
-
-
-def ideal(model: Model, texts: Sequence[str]) -> Callable[[Sequence[str]], Last]:
-    """The bare trunk on as many real tokens, all in sequences of the mean length, under our token budget."""
+def against_the_ideal(case: Case, model: Model, texts: Sequence[str], clock: Clock) -> dict[str, Figure]:
+    """The ideal's time over ours, and the share of the machine's matrix product rate that we reach."""
     lengths = [len(row) for row in tokens(model, texts)]
-    mean = round(sum(lengths) / len(lengths))
-    rows = [[1] * mean] * round(sum(lengths) / mean)
-    batches = [batch.to(model.device) for batch in our_batches(rows)]
-
-    @torch.inference_mode()
-    def forward(_: Sequence[str]) -> Last:
-        for batch in batches:
-            model.hf.get_decoder()(batch.ids, use_cache=False)
-        return []
-
-    return forward
-
-
-# --- measured where they are installed
-
-
-def optional(model: Model) -> dict[str, Callable[[Padded], Tensor]]:
-    """Rivals that this project does not depend on."""
-    return {"nnsight trace": by_nnsight(model)} if importable("nnsight") else {}
+    budgets = IDEAL_BUDGETS[model.device.type]
+    ideals = {budget: finished(ideal(model, lengths, budget), model.device.type) for budget in budgets}
+    tried = interleaved({str(b): run for b, run in ideals.items()}, rounds=2, clock=clock, warm_up=0)
+    best = min(budgets, key=lambda budget: min(tried.seconds[str(budget)]))
+    both = {OURS: finished(partial(by_us, model, texts), model.device.type), IDEAL: ideals[best]}
+    timings = interleaved(both, rounds=CORE_ROUNDS, clock=clock, warm_up=0)
+    rate = case.shape.flops(lengths) / min(timings.seconds[OURS])
+    fastest = matmul_rate(model.device.type, model.dtype, clock)
+    note = f"of {fastest / 1e12:.3g} TFLOP/s measured on square matrices, real tokens alone"
+    return {
+        "ideal_ratio": timings.ratio(IDEAL, OURS, unit="the ideal's time / ours", note=f"batches of {best} tokens"),
+        "matmul_share": Figure(rate / fastest, "share", None, CORE_ROUNDS, note),
+    }
 
 
-def absent() -> dict[str, str]:
-    """Rivals that are not measured here, and why."""
-    why = {"nnterp": "absent: nnterp 1.3 needs an older nnsight, which it wraps"}
-    return why if importable("nnsight") else why | {"nnsight trace": "absent: nnsight is not installed"}
+def on_two_cores(model: Model, texts: Sequence[str]) -> dict[str, Figure]:
+    lengths = [len(row) for row in tokens(model, texts)]
+    ideals = {str(budget): ideal(model, lengths, budget) for budget in IDEAL_BUDGETS["cpu"]}
+    both: dict[str, Callable[[], object]] = {OURS: partial(by_us, model, texts), **ideals}
+    torch.set_num_threads(2)
+    timings = interleaved(both, rounds=3, warm_up=0)
+    torch.set_num_threads(1)
+    best = min(ideals, key=lambda name: float(np.median(timings.seconds[name])))
+    note = f"by the wall clock, which neighbours disturb; batches of {best} tokens"
+    return {"ideal_ratio_2_threads": timings.ratio(best, OURS, unit="the ideal's time / ours", note=note)}
 
 
-def importable(package: str) -> bool:
-    return find_spec(package) is not None
+# --- layers that a checkpoint shares with its base
 
 
-def by_nnsight(model: Model) -> Callable[[Padded], Tensor]:
-    import nnsight
+def prefix_reuse(model: Model, texts: Sequence[str], clock: Clock, *, rounds: int) -> dict[str, Figure]:
+    """Extraction from an adapter of the last half and the last quarter of the layers, with the base's run at hand."""
+    starts = {part: model.n_layers - model.n_layers // share for part, share in PARTS.items()}
+    cache = ResidualCache(model, layers=tuple(starts.values()))
+    extract(model, texts, reuse=cache)
+    figures = {}
+    for part, start in starts.items():
+        with tempfile.TemporaryDirectory() as folder, model.applied(write_adapter(model, Path(folder), start)):
+            whole, reused = partial(extract, model, texts), partial(extract, model, texts, reuse=cache)
+            apart = float(np.abs(whole().values - reused().values).max())
+            calls = {"whole": finished(whole, model.device.type), "reused": finished(reused, model.device.type)}
+            timings = interleaved(calls, rounds=rounds, clock=clock, warm_up=0)
+        note = (
+            f"layers {start} to {model.n_layers - 1} of {model.n_layers} changed; {cache.nbytes / 2**20:.0f} MiB kept"
+        )
+        figures[f"prefix_reuse_{part}"] = timings.ratio("reused", "whole", unit=REUSE, note=note)
+        figures[f"disagreement_prefix_reuse_{part}"] = Figure(apart, "largest absolute difference")
+    return figures
 
-    lens = nnsight.TransformersModel(model.hf, task="text-generation", tokenizer=model.tokenizer)
 
-    def read(batch: Padded) -> Tensor:
-        with lens.trace({"input_ids": batch.ids, "attention_mask": batch.mask}):
-            kept = nnsight.save([layer.output for layer in lens.model.layers])
-        return torch.stack([batch.last_of(hidden) for hidden in kept], dim=1)
+# --- growth with prompts, their length, and layers
 
-    return read
+
+def growth(scale: Scale, device: str) -> dict[str, Figure]:
+    """Speed against the smallest of each row: 1 everywhere if cost only grows with the work."""
+    base, wide = shipped_base(device), build(small(8, 256), "fp32", device)
+    prompts = {n: (base, numbered(n), 1) for n in scale.grown}
+    lengths = {n: (wide, mixture(wide.tokenizer, 6400 // n, shortest=n, longest=n), 1) for n in (16, 64, 256, 1024)}
+    deep = mixture(wide.tokenizer, 32)
+    layers = {n: (build(small(n, 256), "fp32", device), deep, n) for n in (2, 4, 8, 16)}
+    rows = {"prompts": prompts, "tokens": lengths, "layers": layers}
+    return {name: figure for what, row in rows.items() for name, figure in _speeds(what, row).items()}
+
+
+def _speeds(what: str, row: Mapping[int, tuple[Model, Sequence[str], int]]) -> dict[str, Figure]:
+    speeds = {}
+    for number, (model, texts, layers) in row.items():
+        extract(model, texts[:8])
+        clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+        started = clock()
+        with tempfile.TemporaryDirectory() as folder:
+            extract(model, texts, out=Path(folder) / "out.h5")
+        speeds[number] = sum(map(len, tokens(model, texts))) * layers / (clock() - started)
+    smallest = min(speeds)
+    unit = f"{'layers x ' if what == 'layers' else ''}tokens a second, with {smallest} {what}: 1"
+    return {
+        f"growth/speed_at_{number}_{what}": Figure(speed / speeds[smallest], unit, None, 1, f"{speed:,.0f} a second")
+        for number, speed in speeds.items()
+    }
+
+
+def memory_growth(few: int) -> dict[str, Figure]:
+    """Peak host memory of two processes that write their result to a file."""
+    command = [sys.executable, __file__, "--peak-with"]
+    peaks = [subprocess.run([*command, str(n)], capture_output=True, text=True, check=True) for n in (few, 10 * few)]
+    one, ten = (float(done.stdout) for done in peaks)
+    note = f"{one:.0f} MiB with {few:,} prompts, {ten:.0f} MiB with {10 * few:,}; the whole process, shipped base"
+    return {"memory_growth_10x": Figure(ten / one, "peak memory / with a tenth of the prompts", note=note)}
+
+
+def _peak_with(count: int) -> float | None:
+    with tempfile.TemporaryDirectory() as folder:
+        extract(shipped_base("cpu"), numbered(count), out=Path(folder) / "out.h5")
+    return peak_of_process()
+
+
+# --- figures over all models, and what a reader sees first
+
+
+def _of_nnterp(options: argparse.Namespace) -> dict[str, Figure]:
+    """The figures of nnterp, from a process that finds it and the nnsight that it needs in a folder of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "nnterp.json"
+        command = [sys.executable, __file__, "--only", "nnterp", "--json", str(result), "--device", options.device]
+        command += ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
+        path = os.pathsep.join([str(Path(options.nnterp).resolve()), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+        found = json.loads(result.read_text())["figures"]
+    return {
+        name: Figure(**{**figure, "interval": figure["interval"] and tuple(figure["interval"])})
+        for name, figure in found.items()
+        if "nnterp" in name
+    }
+
+
+def worst(figures: Mapping[str, Figure], models: Sequence[str]) -> dict[str, Figure]:
+    """Every required figure under its plain name: of all models the one that speaks most against us."""
+    found = {}
+    for name in (name for name in REQUIRED if name not in figures):
+        here = {model: figures[f"{model}/{name}"] for model in models if f"{model}/{name}" in figures}
+        values = {model: figure.value for model, figure in here.items() if figure.value is not None}
+        if not values:
+            why = next((figure.note for figure in here.values()), "not installed where this was measured")
+            found[name] = Figure(None, REUSE if name in GROWING else THEIRS, note=f"absent: {why}")
+            continue
+        choose = max if name in GROWING else min
+        model = choose(values, key=values.__getitem__)
+        figure, all_of_them = here[model], ", ".join(f"{model} {shown(value)}" for model, value in values.items())
+        found[name] = Figure(figure.value, figure.unit, figure.interval, figure.repeats, f"worst of {all_of_them}")
+    return found
+
+
+def report(figures: Mapping[str, Figure]) -> str:
+    """Figures of all models side by side, then the others with their notes."""
+    models = list(dict.fromkeys(name.split("/")[0] for name in figures if "/" in name and "growth/" not in name))
+    rows = list(dict.fromkeys(name.split("/")[1] for name in figures if name.split("/")[0] in models))
+    beside = [(row, *(_cell(figures.get(f"{model}/{row}")) for model in models)) for row in sorted(rows)]
+    plain = [
+        (name, shown(f.value), f.note or f.unit) for name, f in figures.items() if name.split("/")[0] not in models
+    ]
+    tables = [columns([("figure", *models), *beside]), columns([("figure", "value", "note"), *plain])]
+    return "\n\n".join(table for table, content in zip(tables, (beside, plain), strict=True) if content)
+
+
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else shown(figure.value)
 
 
 if __name__ == "__main__":

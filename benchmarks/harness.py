@@ -16,8 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = "undertow.benchmark/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +93,30 @@ def interleaved(
     return Timings(seconds)
 
 
+def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call, and on "cuda" a wait for what it has started there."""
+    if device != "cuda":
+        return call
+
+    def waiting() -> None:
+        import torch
+
+        call()
+        torch.cuda.synchronize()
+
+    return waiting
+
+
+def matmul_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
+    """Floating point operations a second of one large square matrix product, the best of some."""
+    import torch
+
+    side, times = (8192, 20) if device == "cuda" else (1536, 5)
+    one = torch.randn(side, side, device=device, dtype=dtype)
+    timings = interleaved({"": finished(lambda: one @ one, device)}, rounds=times, clock=clock)
+    return float(2 * side**3 / min(timings.seconds[""]))
+
+
 def bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """95 % percentile interval of the median; None below three values, which say nothing of their spread."""
     if len(values) < 3:
@@ -98,12 +126,19 @@ def bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
-def peak_growth(call: Callable[[], object]) -> float | None:
+def peak_growth(call: Callable[[], object], *, device: str = "cpu") -> float | None:
     """MiB by which this process grew at most while `call` ran; None where the system cannot tell.
 
     Reads Linux' high-water mark of resident memory, which can be reset, after freed memory was given back. Good to a
-    few MiB; a GPU's memory does not count.
+    few MiB. On "cuda" it is the device's memory instead, which torch counts.
     """
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak
@@ -111,6 +146,14 @@ def peak_growth(call: Callable[[], object]) -> float | None:
         call()
         return max(0.0, _resident("VmHWM") - before) / 1024
     except (OSError, AttributeError, ValueError):
+        return None
+
+
+def peak_of_process() -> float | None:
+    """Most MiB of memory that this process ever had resident; None where the system cannot tell."""
+    try:
+        return _resident("VmHWM") / 1024
+    except (OSError, ValueError):
         return None
 
 
