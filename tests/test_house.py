@@ -23,6 +23,7 @@ ORDER = {
         "checkpoints",
         "weights",
         "hook_points",
+        "self_test",
         "models",
         "loading",
         "prompts",

@@ -76,9 +76,7 @@ def test_reused_layers_give_the_same_bits(
             np.testing.assert_array_equal(one, expected)
         if seed == 2:
             below = [layer for layer in ran if layer < 2]
-            assert below == ([0, 1] if system and not reach(model) else []), (
-                "of layers below, a shared beginning alone runs"
-            )
+            assert below == ([0, 1] if system and not reach(model) else []), "a shared beginning runs below"
     base = extract(model, PROMPTS, pooling=pooling, system=system, max_tokens=64)
     again = extract(model, PROMPTS, pooling=pooling, system=system, max_tokens=64, reuse=reuse)
     np.testing.assert_array_equal(again.values, base.values)

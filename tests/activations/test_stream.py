@@ -206,13 +206,14 @@ def test_several_poolings_go_to_a_folder_and_each_file_goes_on_alone(llama: Mode
 def test_a_shared_beginning_is_gathered_in_parts(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[int] = []
     reduce = torch.segment_reduce
-    monkeypatch.setattr(
-        torch, "segment_reduce", lambda data, *a, **k: (gathered.append(len(data)), reduce(data, *a, **k))[1]
-    )
-    many = [f"prompt {i}" for i in range(40)]
-    got = extract(
-        llama, many, pooling="mean", system="s" * 100, hook_points=["blocks.0.hook_resid_post"], max_tokens=512
-    )
+
+    def watched(data: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        gathered.append(len(data))
+        return reduce(data, *rest, **options)
+
+    monkeypatch.setattr(torch, "segment_reduce", watched)
+    many, name = [f"prompt {i}" for i in range(40)], "blocks.0.hook_resid_post"
+    got = extract(llama, many, pooling="mean", system="s" * 100, hook_points=[name], max_tokens=512)
     assert max(gathered) < 0.5 * sum(gathered)
     assert max(gathered) <= 2 * (512 + 120)
     monkeypatch.setattr(module, "_SHARED_TOKENS", 10**6)
