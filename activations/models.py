@@ -61,6 +61,7 @@ class Model:
         self._applied: tuple[Checkpoint, ...] = ()
         self._put_aside: dict[str, torch.Tensor] = {}
         self._changed: frozenset[str] = frozenset()
+        self._edits: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device})"
@@ -134,8 +135,8 @@ class Model:
 
     @property
     def tuned(self) -> str:
-        """Content hash of the checkpoint that is applied, several joined by "+"; "" for the base itself."""
-        return "+".join(checkpoint.content_hash() for checkpoint in self._applied)
+        """Content hash of the checkpoint that is applied, and what else is edited, joined by "+"; "" for the base."""
+        return "+".join([*(checkpoint.content_hash() for checkpoint in self._applied), *self._edits])
 
     @property
     def changed(self) -> frozenset[str]:
@@ -145,7 +146,20 @@ class Model:
     @property
     def first_changed_layer(self) -> int:
         """The first layer whose output can differ from the base's; `n_layers` where none can."""
-        return self.hook_points.first_block_of(self._changed)
+        return 0 if self._edits else self.hook_points.first_block_of(self._changed)
+
+    @contextlib.contextmanager
+    def edited(self, what: str) -> Iterator[Model]:
+        """Within the `with` block the model is known to run otherwise than its weights say, by hooks of the caller.
+
+        Args:
+            what: Tells one edit from another: it becomes part of `tuned`, and so of every provenance.
+        """
+        before, self._edits = self._edits, (*self._edits, what)
+        try:
+            yield self
+        finally:
+            self._edits = before
 
     @contextlib.contextmanager
     def applied(self, checkpoint: Checkpoint | str | Path) -> Iterator[Model]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from activations.errors import UndertowError, printable
-from probes.console import print_table, print_verdicts, progress, say
+from probes.console import print_lines, print_table, print_verdicts, progress, say
 
 if TYPE_CHECKING:
     from probes.records import Summary
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "exit_code", "main"]
 
 FINDING, INCOMPLETE = 1, 2
+# Longer than any prompt that people write, short enough for a terminal to survive a file that is none.
+_LONGEST_PROMPT = 20_000
 
 app = typer.Typer(
     name="undertow",
@@ -37,6 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+prompts_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(prompts_app, name="prompts", help="List the shipped prompt sets, or show one.")
 
 
 class FailOn(StrEnum):
@@ -47,11 +51,19 @@ class FailOn(StrEnum):
     never = "never"
 
 
+class Label(StrEnum):
+    """What a prompt asks for."""
+
+    harmful = "harmful"
+    benign = "benign"
+
+
 class Method(StrEnum):
     """How probes are fitted."""
 
     logistic = "logistic"
     mean_difference = "mean_difference"
+    lda = "lda"
 
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The trusted base: a folder or a hub id.")]
@@ -142,14 +154,24 @@ def train(
     dtype: Dtype = "auto",
 ) -> None:
     """Train intent probes on a base, one a layer."""
+    from activations.extract import extract
     from activations.loading import load_model
-    from probes.scan import train_probe
+    from activations.prompts import load_prompts
+    from probes.baselines import token_counter
+    from probes.evaluate import Labelled
+    from probes.train import fit_probes, words_baseline
+    from probes.worth import worth_of
 
     with progress() as tell:
+        chosen = load_prompts(prompts).require_both()
         tell(f"loading base {base}")
         model = load_model(base, device=device, dtype=dtype)
         tell(f"training on {prompts}")
-        probes = train_probe(model, prompts=prompts, method=method.value)
+        activations = extract(model, chosen)
+        words = words_baseline(chosen.prompts, chosen.labels, chosen.pair_ids)
+        probes = fit_probes(activations, method=method.value, words=words)
+        tell("measuring what the best layer is worth")
+        worth = worth_of(probes, Labelled.of(activations, chosen), count_tokens=token_counter(model.tokenizer))
     probes.save(out)
     rows = [
         (
@@ -163,7 +185,42 @@ def train(
         for hook_point, layer in zip(probes.hook_points, probes.metrics, strict=True)
     ]
     print_table(("hook point", "AUROC", "95 %", "shuffled", "random", "words"), rows)
+    print_lines([""])
+    print_table(("best layer, and what needs no intent", "AUROC", "95 %", "the probe's lead"), worth.rows())
+    print_lines(["", worth.sentence])
     say(f"probe: {out}")
+
+
+@prompts_app.command("list")
+def list_prompts() -> None:
+    """List the shipped prompt sets with their licences."""
+    from activations.prompts import load_prompts, shipped_prompt_sets
+
+    rows = []
+    for name in shipped_prompt_sets():
+        chosen = load_prompts(name)
+        harmful = sum(chosen.harmful)
+        sources = sorted({source.rpartition("-")[0] for source in chosen.sources})
+        counts = (str(len(chosen)), str(harmful), str(len(chosen) - harmful))
+        rows.append((name, *counts, chosen.licence, ", ".join(sources)))
+    print_table(("name", "rows", "harmful", "benign", "licence", "source"), rows, limit=300)
+
+
+@prompts_app.command("show")
+def show_prompts(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped set, or a JSONL or CSV file of your own.")],
+    limit: Annotated[int | None, typer.Option(metavar="N", min=0, help="The first N of them; all by default.")] = None,
+    label: Annotated[Label | None, typer.Option(help="Only these.")] = None,
+) -> None:
+    """Print a set, a line each: label, pair id, prompt."""
+    from activations.prompts import load_prompts
+
+    chosen = load_prompts(name)
+    rows = zip(chosen.harmful, chosen.pair_ids, chosen.prompts, strict=True)
+    wanted = [row for row in rows if label is None or row[0] == (label is Label.harmful)]
+    named = [("harmful" if harmful else "benign", pair, prompt) for harmful, pair, prompt in wanted[:limit]]
+    print_lines("\t".join(printable(cell, limit=_LONGEST_PROMPT) for cell in row) for row in named)
+    say(f"{chosen.name}: {len(named)} of {len(chosen)} prompts; licence: {chosen.licence or 'not stated'}")
 
 
 @app.command()

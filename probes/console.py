@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.text import Text
 from activations.errors import printable
 from probes.records import Item, Summary
 
-__all__ = ["print_table", "print_verdicts", "progress", "say"]
+__all__ = ["print_lines", "print_table", "print_verdicts", "progress", "say"]
 
 _STYLES = {
     "flagged": "bold red",
@@ -64,13 +64,13 @@ def print_verdicts(summary: Summary, truths: Mapping[str, tuple[str, str]] | Non
     print_table(header, rows)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns to stdout; cells may hold untrusted names."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, limit: int = 200) -> None:
+    """Print aligned columns to stdout; cells may hold untrusted names and are cut to `limit` characters."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in header:
         table.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())
     for row in rows:
-        table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
+        table.add_row(*(Text(printable(cell, limit=limit), style=_STYLES.get(cell, "")) for cell in row))
     if sys.stdout.isatty():
         Console().print(table)
         return
@@ -79,6 +79,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console.print(table)
     sys.stdout.writelines(line.rstrip() + "\n" for line in text.get().splitlines())
     # A reader that has gone away shows here, where it can be handled, and not when Python ends.
+    sys.stdout.flush()
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Write lines to stdout as they are, none wrapped or cut; whoever calls makes them printable."""
+    sys.stdout.writelines(line + "\n" for line in lines)
     sys.stdout.flush()
 
 

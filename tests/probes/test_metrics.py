@@ -9,12 +9,14 @@ from sklearn.metrics import roc_auc_score
 from activations.errors import LabelError, NonFiniteError, OptionError
 from probes.metrics import (
     auroc,
+    auroc_difference,
     auroc_interval,
     auroc_rows,
     calibration_error,
     clopper_pearson,
     empirical_p,
     fpr_threshold,
+    rate_at_fpr,
     tpr_at_fpr,
 )
 
@@ -116,6 +118,133 @@ def test_scores_that_all_tie_say_nothing():
     assert auroc_interval(np.zeros(10), np.arange(10) < 5) == (0.0, 1.0)
 
 
+def paired_scorings(rng, *, pairs, shifts, shared=0.5, common=0.5):
+    """Twins that share a topic, read by two scorers that share a part of what they see."""
+    labels, groups = np.repeat([True, False], pairs), np.tile(np.arange(pairs), 2)
+    topic, seen = np.tile(rng.standard_normal(pairs), 2), rng.standard_normal(2 * pairs)
+    scorings = []
+    for shift in shifts:
+        own = math.sqrt(common) * seen + math.sqrt(1 - common) * rng.standard_normal(2 * pairs)
+        scorings.append(math.sqrt(shared) * topic + math.sqrt(1 - shared) * own + shift * labels)
+    return scorings, labels, groups
+
+
+def true_auroc(shift):
+    return 0.5 * (1 + math.erf(shift / 2))
+
+
+# Of 600 intervals that hold 95 %, 557 to 583 are right in 99 of 100 runs.
+@pytest.mark.parametrize(
+    ("pairs", "shifts"),
+    [(40, (0.7, 0.7)), (97, (1.0, 1.0)), (40, (2.5, 2.0)), (20, (1.5, 1.5)), (60, (0.9, 0.3))],
+    ids=["equal", "equal, as many as JailbreakBench", "near perfect", "few", "unequal"],
+)
+def test_intervals_of_a_difference_cover_the_truth_as_often_as_they_say(rng, pairs, shifts):
+    truth, held, claimed = true_auroc(shifts[0]) - true_auroc(shifts[1]), 0, 0
+    for _ in range(600):
+        (first, second), labels, groups = paired_scorings(rng, pairs=pairs, shifts=shifts)
+        found = auroc_difference(first, second, labels, groups=groups)
+        held += found.interval[0] <= truth <= found.interval[1]
+        claimed += found.clear
+    assert 0.925 <= held / 600 <= 0.98
+    if truth == 0:
+        assert claimed / 600 <= 0.045  # 2.5 % and Monte Carlo error
+    if truth > 0.2:
+        assert claimed / 600 > 0.9
+
+
+def test_an_interval_of_a_difference_that_knows_no_pairs_is_another(rng):
+    """Positive control: where a topic is read by one scorer alone, pairs decide how sure one may be."""
+    held = {"pairs": 0, "alone": 0}
+    for _ in range(400):
+        (first, _), labels, groups = paired_scorings(rng, pairs=40, shifts=(0.7, 0.7), shared=0.9)
+        second = rng.standard_normal(80) * 0.5
+        for name, members in (("pairs", groups), ("alone", None)):
+            low, high = auroc_difference(first, second, labels, groups=members).interval
+            held[name] += low <= true_auroc(0.7) - 0.5 <= high
+    assert 0.92 <= held["pairs"] / 400 <= 0.98
+    assert held["alone"] > held["pairs"]
+
+
+def test_the_interval_of_a_difference_agrees_with_a_bootstrap_of_pairs(rng):
+    (first, second), labels, groups = paired_scorings(rng, pairs=150, shifts=(1.2, 0.8))
+    draws = []
+    for _ in range(1000):
+        rows = np.concatenate([chosen := rng.integers(150, size=150), chosen + 150])
+        draws.append(auroc(first[rows], labels[rows]) - auroc(second[rows], labels[rows]))
+    found = auroc_difference(first, second, labels, groups=groups)
+    assert found.interval == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.01)
+    assert found.value == auroc(first, labels) - auroc(second, labels)
+
+
+def test_lone_prompts_give_the_paired_test_of_delong(rng):
+    """By his formulas: covariance matrices of the placement values of positives and of negatives."""
+    (first, second), labels, _ = paired_scorings(rng, pairs=300, shifts=(0.9, 0.7), shared=0.0)
+    above, below = [], []
+    for scores in (first, second):
+        won = (scores[labels][:, None] > scores[~labels]) + 0.5 * (scores[labels][:, None] == scores[~labels])
+        above.append(won.mean(axis=1))
+        below.append(won.mean(axis=0))
+    spread = np.cov(above) / 300 + np.cov(below) / 300
+    reach = 1.959964 * math.sqrt(spread[0, 0] + spread[1, 1] - 2 * spread[0, 1])
+    found = auroc_difference(first, second, labels)
+    assert found.interval == pytest.approx((found.value - reach, found.value + reach), abs=2e-3)
+
+
+def test_a_difference_turns_its_sign_with_the_order(rng):
+    (first, second), labels, groups = paired_scorings(rng, pairs=30, shifts=(1.5, 0.5))
+    one, other = (auroc_difference(*pair, labels, groups=groups) for pair in ((first, second), (second, first)))
+    assert one.value == -other.value
+    assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]))
+    assert one.clear
+    assert not other.clear
+
+
+def test_one_scoring_under_two_names_differs_by_nothing(rng):
+    scores, labels = rng.standard_normal(50), np.arange(50) < 20
+    assert auroc_difference(scores, 3 * scores + 1, labels).interval == (0.0, 0.0)
+
+
+def test_two_perfect_scorings_may_still_differ_on_the_next_prompt(rng):
+    labels = np.arange(40) < 20
+    found = auroc_difference(labels + 0.1 * rng.random(40), labels + 0.1 * rng.random(40), labels)
+    assert found.value == 0
+    assert found.interval == pytest.approx((0.025 ** (1 / 20) - 1, 1 - 0.025 ** (1 / 20)))
+
+
+def test_a_rate_comes_with_bounds_or_with_the_reason_for_none():
+    scores, labels = np.linspace(1, 0, 200), np.arange(200) < 100
+    found = rate_at_fpr(scores, labels, 0.05)
+    assert (found.tpr, found.reason) == (1.0, "")
+    assert found.interval == clopper_pearson(100, 100)
+    assert found.fpr_interval == clopper_pearson(5, 100)
+    refused = rate_at_fpr(scores[:-1], labels[:-1], 0.01)
+    assert (refused.tpr, refused.interval, refused.fpr_interval) == (None, None, None)
+    assert refused.reason == "99 negatives cannot resolve a false positive rate of 0.01: that takes 100"
+
+
+@pytest.mark.parametrize(("fpr", "least"), [(0.01, 100), (0.05, 20), (0.07, 15), (0.1, 10), (0.3, 4)])
+def test_the_number_of_negatives_that_is_asked_for_suffices(fpr, least):
+    labels = np.arange(least + 4) < 5
+    scores = np.linspace(1, 0, least + 4)
+    assert f"takes {least}" in rate_at_fpr(scores, labels, fpr).reason
+    assert rate_at_fpr(np.append(scores, -1), np.append(labels, False), fpr).tpr == 1.0
+
+
+def test_bounds_of_both_rates_cover_what_new_prompts_would_give(rng):
+    """Also for the threshold, which the same negatives chose."""
+    held = {"tpr": 0, "fpr": 0}
+    for _ in range(500):
+        scores, labels = rng.standard_normal(260), np.arange(260) < 60
+        scores[labels] += 1.5
+        found = rate_at_fpr(scores, labels, 0.05)
+        threshold = fpr_threshold(scores[~labels], 0.05)
+        beyond = [0.5 * math.erfc((threshold - shift) / math.sqrt(2)) for shift in (1.5, 0.0)]
+        held["tpr"] += found.interval[0] <= beyond[0] <= found.interval[1]
+        held["fpr"] += found.fpr_interval[0] <= beyond[1] <= found.fpr_interval[1]
+    assert min(held.values()) / 500 >= 0.93  # both are exact or wider; 95 % less Monte Carlo error
+
+
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (20, 20), (7, 20), (1, 1), (3, 400)])
 def test_clopper_pearson_bounds_leave_the_stated_tails(successes, trials):
     low, high = clopper_pearson(successes, trials)
@@ -150,7 +279,16 @@ def test_empirical_p_counts_the_value_itself_and_states_its_resolution():
     assert empirical_p(2.0, []) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("measure", [auroc, auroc_interval, lambda s, y: tpr_at_fpr(s, y, 0.5)])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        auroc,
+        auroc_interval,
+        lambda s, y: tpr_at_fpr(s, y, 0.5),
+        lambda s, y: rate_at_fpr(s, y, 0.5),
+        lambda s, y: auroc_difference(s, s, y),
+    ],
+)
 def test_impossible_input_is_named(measure):
     with pytest.raises(LabelError, match="both classes"):
         measure(np.arange(3.0), np.ones(3, dtype=bool))

@@ -8,9 +8,19 @@ import pytest
 from matplotlib.figure import Figure
 
 from activations.errors import OptionError, ProbeError
-from probes.plots import plot_auroc, plot_evidence, plot_layer_shift, plot_strip
+from probes.calibration import reliability
+from probes.plots import (
+    plot_auroc,
+    plot_calibration,
+    plot_evidence,
+    plot_heatmap,
+    plot_layer_shift,
+    plot_strip,
+    plot_transfer,
+)
 from probes.probe import LayerMetrics
 from probes.records import Null
+from probes.transfer import Transfer
 
 
 @pytest.fixture
@@ -142,3 +152,79 @@ def test_a_copy_of_the_base_beside_a_narrow_benign_range_is_drawn(ax, make_item,
 def test_a_statistic_of_any_size_leaves_room_for_its_labels(ax, make_item, make_evidence, statistic):
     huge = make_item("huge", evidence=[make_evidence("weight-spectrum", statistic)])
     assert len(plot_evidence([huge], "weight-spectrum", ax=ax).get_xticks()) <= 8
+
+
+AREAS = np.array([[0.55, 0.9, np.nan], [0.6, 0.7, 0.8]])
+
+
+def test_a_heatmap_holds_every_cell_frames_the_best_and_leaves_gaps_empty(ax, draw):
+    assert plot_heatmap(AREAS, rows=["last", "mean"], columns=[0, 1, 2], ax=ax) is ax
+    drawn = ax.images[0].get_array()
+    assert np.array_equal(drawn.filled(np.nan), AREAS, equal_nan=True)
+    assert ax.images[0].get_clim() == (0.5, 1.0)
+    (frame,) = ax.patches
+    assert frame.get_xy() == (0.5, -0.5)  # the second column of the first row
+    assert [text.get_text() for text in ax.texts] == ["0.55", "0.90", "0.60", "0.70", "0.80"]
+    assert draw() == ["last", "mean"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_cells_that_chance_or_words_reach_are_struck_through(ax):
+    plot_heatmap(AREAS, rows=["a", "b"], columns=[0, 1, 2], beaten=AREAS < 0.65, ax=ax)
+    struck = [(line.get_xdata()[0] + 0.5, line.get_ydata()[1] + 0.5) for line in ax.lines]
+    assert struck == [(0, 0), (0, 1)]
+
+
+def test_numbers_on_cells_can_be_read_on_their_colour(ax):
+    plot_heatmap(np.array([[0.5, 1.0]]), rows=["a"], columns=[0, 1], ax=ax)
+    dark, light = (text.get_color() for text in ax.texts)
+    assert dark == "white"
+    assert light != "white"
+
+
+def test_a_large_heatmap_has_no_numbers_and_names_some(ax, draw):
+    plot_heatmap(np.full((80, 30), 0.7), rows=range(80), columns=range(30), ax=ax)
+    assert not ax.texts
+    assert len(draw()) <= 32
+    assert len(ax.get_xticklabels()) <= 12
+    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["0", "3"]
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "columns", "beaten"),
+    [
+        (AREAS, ["a"], [0, 1, 2], None),
+        (AREAS, ["a", "b"], [0, 1], None),
+        (AREAS, ["a", "b"], [0, 1, 2], np.zeros((3, 2))),
+        (np.empty((0, 0)), [], [], None),
+        (np.full((1, 1), np.nan), ["a"], [0], None),
+    ],
+)
+def test_a_heatmap_of_nothing_or_of_other_names_is_refused(ax, values, rows, columns, beaten):
+    with pytest.raises(OptionError):
+        plot_heatmap(values, rows=rows, columns=columns, beaten=beaten, ax=ax)
+
+
+def test_a_transfer_matrix_is_drawn_with_its_intervals(ax, draw):
+    area = np.array([[[0.6, 0.7], [0.8, 0.9]], [[0.5, 0.55], [0.65, 0.75]]])
+    result = Transfer(("one", "$two$"), ("layer 0", "layer 1"), area, area - 0.05, area + 0.05)
+    assert plot_transfer(result, layer=0, ax=ax) is ax
+    assert ax.images[0].get_array().tolist() == area[0].tolist()
+    assert [text.get_text() for text in ax.texts][1] == "0.70\n0.65-0.75"
+    assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_title()) == ("trained on", "tested on", "layer 0")
+    assert draw() == ["one", "$two$"]
+    with pytest.raises(OptionError, match="layers 0-1"):
+        plot_transfer(result, layer=2, ax=ax)
+
+
+def test_a_reliability_diagram_has_bars_around_its_marks(ax):
+    probabilities, labels = np.array([0.1, 0.1, 0.9, 0.9]), np.array([False, False, True, False])
+    result = reliability(probabilities, labels)
+    assert plot_calibration(result, ax=ax) is ax
+    bars, marks = ax.collections
+    assert marks.get_offsets().tolist() == pytest.approx(np.array([[0.1, 0.0], [0.9, 0.5]]))
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
+        [result.low[0], result.high[0]],
+        [result.low[1], result.high[1]],
+    ]
+    assert ax.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]]
