@@ -30,9 +30,9 @@ format: $(STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## run every benchmark quickly; results in benchmarks/results/
-	@set -e; mkdir -p benchmarks/results; for script in $(BENCH); do \
-	  echo "== $$script"; $(BIN)/python $$script --quick --json benchmarks/results/$$(basename $$script .py).json; done
+bench: $(STAMP)  ## run every benchmark quickly; results in benchmarks/results/quick/
+	@set -e; mkdir -p benchmarks/results/quick; for script in $(BENCH); do \
+	  echo "== $$script"; $(BIN)/python $$script --quick --json benchmarks/results/quick/$$(basename $$script .py).json; done
 
 clean:  ## remove what make made
 	rm -rf $(VENV) undertow-demo

@@ -129,9 +129,14 @@ def demo(
     ),
 ) -> None:
     """Scan the shipped fine-tunes, the truth beside each verdict."""
+    import torch
+
     from probes import demo as shipped
     from probes.report import write_report
     from probes.scan import scan as run
+
+    # Models of a million parameters run fastest on one thread, and on a busy machine more of them stall each other.
+    torch.set_num_threads(1)
 
     with progress() as tell:
         organisms = shipped.fine_tunes()
