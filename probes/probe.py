@@ -102,6 +102,7 @@ class _Card(BaseModel):
     prompts_hash: str
     prompts_name: str
     metrics: tuple[LayerMetrics, ...]
+    l2: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ class ProbeSet:
         prompts_hash: Content hash of the training prompts.
         prompts_name: Their name.
         metrics: One entry a layer, or none where nothing was held out.
+        l2: Strength of the penalty at each layer; () where the method has none, or an older version wrote the file.
     """
 
     directions: Float[np.ndarray, "layer d_model"]
@@ -133,6 +135,7 @@ class ProbeSet:
     prompts_hash: str = ""
     prompts_name: str = ""
     metrics: tuple[LayerMetrics, ...] = field(default=())
+    l2: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hook_points)
@@ -218,7 +221,7 @@ class ProbeSet:
         card = _Card(**{name: getattr(self, name) for name in _Card.model_fields})
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(save(tensors, metadata={SCHEMA: card.model_dump_json()}))
+        partial.write_bytes(save(tensors, metadata={SCHEMA: card.model_dump_json(exclude=None if self.l2 else {"l2"})}))
         partial.replace(path)
         return path
 
@@ -270,8 +273,9 @@ def _check_arrays(arrays: dict[str, np.ndarray], card: _Card, path: Path) -> Non
             raise ProbeError(f"{name} has shape {array.shape}: expected {expected} for {layers} hook points", path=path)
         if not np.isfinite(array).all():
             raise ProbeError(f"{name} holds NaN or infinite values", path=path)
-    if len(card.metrics) not in (0, layers):
-        raise ProbeError(f"metrics are given for {len(card.metrics)} layers: expected {layers} or none", path=path)
+    for name, given in (("metrics", card.metrics), ("l2", card.l2)):
+        if len(given) not in (0, layers):
+            raise ProbeError(f"{name} are given for {len(given)} layers: expected {layers} or none", path=path)
     if not (arrays["scales"] > 0).all():
         raise ProbeError("scales holds values that are not positive", path=path)
     if np.abs(np.linalg.norm(arrays["directions"], axis=1) - 1).max() > _UNIT_NORM_TOLERANCE:

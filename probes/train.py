@@ -199,6 +199,7 @@ class _Layer:
     direction: Float[np.ndarray, " d_model"]
     bias: float
     gain: float
+    strength: float
     held_out: Float[np.ndarray, "labelling prompt"]
     random_directions: float
     mean: Float[np.ndarray, " d_model"]
@@ -207,8 +208,8 @@ class _Layer:
 
 def _fit_layer(
     values: Float[Tensor, "prompt d_model"], plan: _Plan, method: str, strengths: Sequence[float], precision: Precision
-) -> tuple[np.ndarray, float, float, np.ndarray, float]:
-    """The first five fields of `_Layer`."""
+) -> tuple[np.ndarray, float, float, float, np.ndarray, float]:
+    """The first six fields of `_Layer`."""
     columns = 1 + len(plan.labels) * plan.folds
     decomposed = prepare(values, columns * len(strengths), precision) if method != "mean_difference" else None
     rows = decomposed or undecomposed(values, precision)
@@ -224,11 +225,12 @@ def _fit_layer(
     direction = coefficients / gain if gain else np.eye(1, len(coefficients))[0]
     bias = float(fits[1][0])
     if not plan.folds:
-        return direction, bias, gain, plan.held_out, 0.5
+        return direction, bias, gain, strength, plan.held_out, 0.5
     scores = scores_of(rows, fits)[1:].reshape(-1, plan.folds, len(values))
     of_labellings = zip(scores, plan.held_out[len(nested) :], strict=True)
     held_out = np.stack([*nested, *(held_out_scores(*one) for one in of_labellings)])
-    return direction, bias, gain, held_out, _best_random_direction(values.to(rows.values.dtype), plan)
+    chance = _best_random_direction(values.to(rows.values.dtype), plan)
+    return direction, bias, gain, strength, held_out, chance
 
 
 def _best_random_direction(rows: Float[Tensor, "prompt d_model"], plan: _Plan) -> float:
@@ -262,6 +264,7 @@ def _probe_set(
         gains=np.array([layer.gain for layer in layers], dtype=np.float32),
         method=cast(Method, method),
         metrics=metrics,
+        l2=tuple(layer.strength for layer in layers) if method == "logistic" else (),
         hook_points=tuple(origin["hook_points"]),
         pooling=origin.get("pooling", "last"),
         base_fingerprint=origin.get("base_fingerprint", ""),

@@ -129,7 +129,7 @@ def test_the_file_is_what_the_format_says(probes, tmp_path):
     }
     assert card.keys() == {
         *("hook_points", "method", "pooling", "base_fingerprint"),
-        *("template_hash", "prompts_hash", "prompts_name", "metrics"),
+        *("template_hash", "prompts_hash", "prompts_name", "metrics", "l2"),
     }
     assert card["metrics"][1].keys() == {
         *("auroc", "interval", "null_shuffled", "null_random_directions", "words_baseline", "threshold"),

@@ -430,5 +430,16 @@ def test_probes_of_every_method_come_back_from_their_file(method, tmp_path):
     values = rng.standard_normal((2, 60, 8)) + labels[:, None]
     made = fit_probes(values, labels, method=method, folds=0)
     read = ProbeSet.load(made.save(tmp_path / "a.probe"))
-    assert read.method == method
+    assert (read.method, read.l2) == (method, (1e-2, 1e-2) if method == "logistic" else ())
     np.testing.assert_array_equal(read.score(values), made.score(values))
+
+
+def test_the_strength_that_each_layer_chose_is_known():
+    rng = np.random.default_rng(0)
+    labels = rng.random(80) < 0.5
+    clear = rng.standard_normal((80, 6)) * 0.3 + labels[:, None]
+    probes = fit_probes(np.stack([clear, rng.standard_normal((80, 6))]), labels, l2=[1e-3, 1.0], folds=4)
+    assert len(probes.l2) == 2
+    assert set(probes.l2) <= {1e-3, 1.0}
+    alone = fit_probes(clear[None], labels, l2=probes.l2[0], folds=0)
+    np.testing.assert_allclose(probes.directions[0], alone.directions[0], atol=1e-5)
