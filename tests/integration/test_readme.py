@@ -39,3 +39,16 @@ def test_every_file_that_the_readme_names_exists() -> None:
     named = {first or second for first, second in paths}
     assert "docs/demo.svg" in named
     assert all((ROOT / path).exists() for path in named), named
+
+
+def test_every_option_of_the_tables_exists() -> None:
+    import inspect
+
+    from activations.extract import extract
+    from activations.loading import load_model
+
+    tables = README.partition("## Extraction")[2]
+    options = set(re.findall(r"`[^`]*?\b(\w+)=", tables)) | set(re.findall(r", (\w+)=", tables))
+    assert {"pooling", "answers", "device_map"} <= options
+    known = {name for call in (extract, load_model) for name in inspect.signature(call).parameters}
+    assert options <= known
