@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from activations.errors import LabelError, OptionError
+from probes.folds import Groups, checked_labels, deal_folds, refuse_copied_texts
 from probes.metrics import Difference, auroc, auroc_difference, auroc_interval, group_numbers
-from probes.train import Groups, checked_labels, deal_folds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def surface_baselines(
     else:
         if folds < 2:
             raise OptionError(f"folds is {folds}: expected 2 or more")
-        _refuse_repeats(texts, members)
+        refuse_copied_texts([_plain(text) for text in texts], members)
         dealt = deal_folds(truth, members, folds, np.random.default_rng(seed))
         splits = [(np.flatnonzero(dealt != f), np.flatnonzero(dealt == f)) for f in range(int(dealt.max()) + 1)]
     found = {}
@@ -209,18 +209,6 @@ def _held_out(
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _refuse_repeats(texts: Sequence[str], members: np.ndarray) -> None:
-    """Refuse a prompt that stands in two groups, which may fall on both sides of a split."""
-    home: dict[str, int] = {}
-    for row, (text, group) in enumerate(zip(texts, members, strict=True)):
-        first = home.setdefault(_plain(text), row)
-        if members[first] != group:
-            raise LabelError(
-                f"prompt {row} repeats prompt {first} in another group: a split between them would leak",
-                hint="Leave one out, or give both the same pair id.",
-            )
 
 
 def _refuse_shared(tested: Sequence[str], trained: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from activations.errors import LabelError, OptionError, ProbeError
 from probes.baselines import Baseline, leads, surface_baselines
 from probes.calibration import Calibration, calibration_of, cross_calibrated
+from probes.folds import Groups, checked_labels, deal_folds, shuffled_labels
 from probes.metrics import Difference, Rate, auroc, auroc_interval, auroc_rows, empirical_p, group_numbers, rate_at_fpr
 from probes.probe import ProbeSet
-from probes.train import Groups, checked_labels, deal_folds, fit_probes, shuffled_labels
+from probes.train import fit_probes
 
 if TYPE_CHECKING:
     from activations.prompts import PromptSet
