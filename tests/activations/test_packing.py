@@ -219,3 +219,50 @@ def test_prompts_beyond_the_original_context_change_no_shorter_one(tiny: Callabl
     together = extract(model, far, pooling="all", max_tokens=4096).tokens
     for prompt, got in zip(far, together, strict=True):
         assert distance(got[:-1], alone(model, prompt)) < TOLERANCE
+
+
+def by_the_book(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch's variable-length kernel does on a GPU: causal from the bottom right, one sequence after the other."""
+    assert window_size == (-1, 0)
+    assert (query_ends.dtype, key_ends.dtype) == (torch.int32, torch.int32)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    lengths, key_lengths = query_ends.diff(), key_ends.diff()
+    assert (longest_query, longest_key) == (int(lengths.max()), int(key_lengths.max()))
+    out, groups = [], query.shape[1] // key.shape[1]
+    for own, seen, keys, values in zip(
+        query.split(lengths.tolist()),
+        key_lengths.tolist(),
+        key.split(key_lengths.tolist()),
+        value.split(key_lengths.tolist()),
+        strict=True,
+    ):
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        weights = torch.einsum("qhd,khd->hqk", own, keys) * (scale or own.shape[-1] ** -0.5)
+        hidden = torch.ones(len(own), seen, dtype=torch.bool).triu(seen - len(own) + 1)
+        out.append(torch.einsum("hqk,khd->qhd", weights.masked_fill(hidden, float("-inf")).softmax(-1), values))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt-neox", "qwen3"])
+@pytest.mark.parametrize("system", ["", LONG_SYSTEM])
+def test_the_kernel_of_a_gpu_is_asked_for_the_same_attention(
+    system: str, architecture: str, tiny: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(architecture)
+    expected = extract(model, PROMPTS, system=system).values
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_book)
+    monkeypatch.setattr(packing, "_one_by_one", packing._by_kernel)
+    assert packing._packs_exactly(model)
+    assert distance(extract(model, PROMPTS, system=system).values, expected) < TOLERANCE
