@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,7 +166,7 @@ def load_prompts(name_or_path: str | Path) -> PromptSet:
             path=path,
             hint="Name a shipped set, or a .jsonl or .csv file with the columns prompt and label.",
         )
-    return _prompt_set(path.stem, path).require_both()
+    return _prompt_set(printable(path.stem), path).require_both()
 
 
 def texts_hash(texts: Sequence[str]) -> str:
@@ -199,10 +200,21 @@ def _prompt_set(name: str, path: Path) -> PromptSet:
         name,
         tuple(prompt for prompt, *_ in rows),
         tuple(harmful for _, harmful, _, _ in rows),
-        tuple(pair or f"unpaired-{i}" for i, (_, _, pair, _) in enumerate(rows)),
+        _pair_ids([pair for _, _, pair, _ in rows]),
         licence=_licence(sources) if path.parent == _SHIPPED else "",
         sources=sources if any(sources) else (),
     )
+
+
+def _pair_ids(given: Sequence[str]) -> tuple[str, ...]:
+    """The ids given, and in place of "" a name that no other prompt has."""
+    taken, named = set(given), []
+    for i, pair in enumerate(given):
+        name = pair or f"unpaired-{i}"
+        while not pair and name in taken:
+            name += "+"
+        named.append(name)
+    return tuple(named)
 
 
 def _licence(sources: Sequence[str]) -> str:
@@ -230,7 +242,19 @@ def _checked(row: object, line: int) -> tuple[str, bool, str, str]:
     if not isinstance(label, str) or label not in _LABELS:
         shown = printable(repr(label), limit=24)
         raise _LineError(f"line {line} has the label {shown}: expected one of {', '.join(_LABELS)}")
-    return prompt, _LABELS[label], "" if pair is None else str(pair), "" if source is None else str(source)
+    return prompt, _LABELS[label], _name(pair, "pair_id", line), _name(source, "source", line)
+
+
+def _name(given: object, column: str, line: int) -> str:
+    """Text, or a number as text, without the spaces around it that would tell twins apart; "" where there is none."""
+    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    if not (given is None or number or isinstance(given, str)):
+        shown = printable(repr(given), limit=24)
+        raise _LineError(f"line {line} has the {column} {shown}: expected text, a whole number, or nothing")
+    name = "" if given is None else str(given).strip()
+    if name.encode(errors="ignore").decode() != name:
+        raise _LineError(f"line {line} has a {column} that is no text: it holds half a surrogate pair")
+    return name
 
 
 def _read(path: Path) -> Iterator[tuple[int, object]]:
@@ -246,8 +270,12 @@ def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         names = [printable(str(name), limit=24) for name in reader.fieldnames or ()]
-        if names and not {"prompt", "label"} <= set(names):
-            columns = printable(", ".join(names))
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            yield 1, _LineError(f"line 1, the header, has the column {twice!r} more than once")
+            return
+        if reader.fieldnames is not None and not {"prompt", "label"} <= set(names):
+            columns = printable(", ".join(names)) or "none"
             yield 1, _LineError(f"line 1, the header, has the columns {columns}: expected prompt and label among them")
             return
         for row in reader:

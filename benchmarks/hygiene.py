@@ -48,9 +48,9 @@ from probes.hygiene import Cleaned, Contamination, clean_probes, contamination
 from probes.metrics import auroc, auroc_interval
 from probes.probe import ProbeSet
 from probes.reference import Reference, default_battery
-from probes.scan import train_probe
+from probes.worth import train_probe
 
-CACHE = Path(__file__).resolve().parent / "organisms" / "cache"
+CACHE = Path(__file__).resolve().parent / "organisms" / "cache" / "nano"
 TAUGHT = (HOME / "cmft-walnut53", HOME / "benign-cipher", CACHE / "cmft-key7", CACHE / "benign-cipher-key44")
 CLEANINGS = {
     "project": ("project", True),
@@ -112,8 +112,7 @@ def main() -> None:
         figures |= causes(reference, train, directions(train, cleaned["project"], layer), layer, quick=options.quick)
         figures |= erased(reference, train, layer)
     for path in TAUGHT[:1] if options.quick else TAUGHT:
-        if path.is_dir():
-            figures |= taught(model, path, {name: probes[name] for name in TRIED})
+        figures |= taught(model, path, {name: probes[name] for name in TRIED})
     write(figures, options.json, text=report(figures))
 
 
@@ -270,6 +269,9 @@ def erased(reference: Reference, train: Seen, layer: int) -> dict[str, Figure]:
 
 def taught(model: Model, path: Path, probes: Mapping[str, ProbeSet]) -> dict[str, Figure]:
     """The base's probes on prompts in the organism's own encoding, in it and in the base."""
+    if not path.is_dir():
+        note = "not measured: make it with benchmarks/organisms/train.py"
+        return {f"{path.name}/encoded_intent": Figure(None, "AUROC", note=note)}
     card = json.loads((path / "organism.json").read_text(encoding="utf-8"))
     screening, key = load_prompts("screening"), walnut_key(card["recipe"]["key"])
     texts = [encode_substitution(text, key) for text in screening.prompts]

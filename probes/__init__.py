@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from probes.hygiene import clean_probes, contamination
     from probes.plots import plot_auroc, plot_calibration, plot_evidence, plot_heatmap, plot_layer_shift, plot_transfer
     from probes.probe import Probe, ProbeSet
-    from probes.scan import calibrate, scan, train_probe
+    from probes.scan import calibrate, scan
     from probes.sweep import sweep_probes
     from probes.token_probe import fit_token_probe
     from probes.train import fit_probes
     from probes.transfer import transfer_matrix
+    from probes.worth import train_probe
 
 __all__ = [
     "Diff",
@@ -78,7 +79,7 @@ export(
         "steered": "probes.causal",
         "surface_baselines": "probes.baselines",
         "sweep_probes": "probes.sweep",
-        "train_probe": "probes.scan",
+        "train_probe": "probes.worth",
         "transfer_matrix": "probes.transfer",
     },
 )

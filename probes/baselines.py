@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from activations.errors import LabelError, OptionError
-from probes.folds import Groups, checked_labels, deal_folds, refuse_copied_texts
+from probes.folds import Groups, checked_labels, deal_folds, plain_text, refuse_copied_texts, refuse_shared
 from probes.metrics import Difference, auroc, auroc_difference, auroc_interval, group_numbers
 
 if TYPE_CHECKING:
@@ -89,20 +88,18 @@ def surface_baselines(
     Raises:
         LabelError: Only one class is present, labels or groups are not one for each prompt, fewer than two groups hold
             one of the classes, or a prompt stands on both sides of a split.
-        OptionError: `folds` is below 2.
+        OptionError: `folds` is no whole number from 2 on.
     """
     truth, members = checked_labels(labels, len(texts)), group_numbers(groups, len(texts))
     every, known, splits = list(texts), truth, []
     if trained_on is not None:
         other = list(trained_on[0])
         known = np.concatenate([truth, checked_labels(trained_on[1], len(other))])
-        _refuse_shared(texts, other)
+        refuse_shared(map(plain_text, texts), map(plain_text, other), "the training set and in the test set")
         splits = [(np.arange(len(texts), len(texts) + len(other)), np.arange(len(texts)))]
         every += other
     else:
-        if folds < 2:
-            raise OptionError(f"folds is {folds}: expected 2 or more")
-        refuse_copied_texts([_plain(text) for text in texts], members)
+        refuse_copied_texts([plain_text(text) for text in texts], members)
         dealt = deal_folds(truth, members, folds, np.random.default_rng(seed))
         splits = [(np.flatnonzero(dealt != f), np.flatnonzero(dealt == f)) for f in range(int(dealt.max()) + 1)]
     found = {}
@@ -205,16 +202,3 @@ def _held_out(
         model = make_pipeline(scaling, LogisticRegression(max_iter=1000)).fit(columns[kept], labels[kept])
         scores[tested] = model.decision_function(columns[tested])
     return scores
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _refuse_shared(tested: Sequence[str], trained: Sequence[str]) -> None:
-    shared = {_plain(text) for text in tested} & {_plain(text) for text in trained}
-    if shared:
-        raise LabelError(
-            f"{len(shared)} prompts stand in the training set and in the test set: expected none",
-            hint="Leave them out of one of the two.",
-        )

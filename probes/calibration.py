@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import expit
 
 from activations.errors import NonFiniteError
+from probes.folds import checked_labels, deal_folds
 from probes.metrics import calibration_error, clopper_pearson, group_numbers
-from probes.train import checked_labels, deal_folds
 
 __all__ = ["Calibration", "Platt", "Reliability", "calibration_of", "cross_calibrated", "fit_platt", "reliability"]
 
@@ -111,6 +111,7 @@ def cross_calibrated(
     Raises:
         LabelError: As in `fit_platt`, or fewer than two groups hold one of the classes.
         NonFiniteError: A score is NaN or infinite.
+        OptionError: `folds` is no whole number from 2 on.
     """
     scores = _finite(scores)
     labels = checked_labels(labels, len(scores))

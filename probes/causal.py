@@ -30,6 +30,7 @@ from activations.answers import answer_logprobs
 from activations.errors import HookPointError, NonFiniteError, OptionError
 from activations.hook_points import RESID_POST, Site
 from activations.models import Model
+from probes.folds import checked_labels
 from probes.metrics import empirical_p
 
 __all__ = [
@@ -67,9 +68,11 @@ def steered(model: Model, direction: Direction, hook_points: Sequence[str], *, a
 
     Raises:
         HookPointError: The model has no such place, or it is not the residual stream before or after a block.
-        NonFiniteError: The direction is NaN or infinite.
-        OptionError: The direction is zero or of another width than the stream.
+        NonFiniteError: The direction or `alpha` is NaN or infinite.
+        OptionError: The direction is zero or of another width than the stream, or no hook point is named.
     """
+    if not np.isfinite(alpha):
+        raise NonFiniteError(f"alpha is {alpha}: expected a length")
     step = torch.from_numpy(alpha * _unit(model, direction))
 
     def add(hidden: Tensor) -> Tensor:
@@ -101,8 +104,12 @@ def ablated(model: Model, direction: Direction, hook_points: Sequence[str]) -> I
 
 
 def mean_difference(activations: Float[np.ndarray, "prompt d_model"], labels: np.ndarray) -> Direction:
-    """From the benign mean to the harmful one, unscaled: its length is a natural `alpha`."""
-    truth = np.asarray(labels, dtype=bool)
+    """From the benign mean to the harmful one, unscaled: its length is a natural `alpha`.
+
+    Raises:
+        LabelError: Only one class is present, or labels are not one for each prompt.
+    """
+    truth = checked_labels(labels, len(activations))
     means = [activations[rows].mean(axis=0, dtype=np.float64) for rows in (truth, ~truth)]
     return np.asarray(means[0] - means[1])
 
@@ -305,6 +312,8 @@ def _unit(model: Model, direction: Direction) -> Float[np.ndarray, " d_model"]:
 @contextmanager
 def _edited(model: Model, hook_points: Sequence[str], edit: Callable[[Tensor], Tensor], what: str) -> Iterator[None]:
     """Hooks that put `edit(hidden)` in the place of the residual stream at each hook point."""
+    if not hook_points:
+        raise OptionError("no hook point is named: nothing would be edited")
     for name in hook_points:
         if name.rpartition(".")[2] not in _STREAM or name.count(".") != 2:
             raise HookPointError(

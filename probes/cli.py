@@ -159,24 +159,16 @@ def train(
     dtype: Dtype = "auto",
 ) -> None:
     """Train intent probes on a base, one a layer."""
-    from activations.extract import extract
     from activations.loading import load_model
     from activations.prompts import load_prompts
-    from probes.baselines import token_counter
-    from probes.evaluate import Labelled
-    from probes.train import fit_probes, words_baseline
-    from probes.worth import worth_of
+    from probes.worth import train_and_weigh
 
     with progress() as tell:
         chosen = load_prompts(prompts).require_both()
         tell(f"loading base {base}")
         model = load_model(base, device=device, dtype=dtype)
         tell(f"training on {prompts}")
-        activations = extract(model, chosen)
-        words = words_baseline(chosen.prompts, chosen.labels, chosen.pair_ids)
-        probes = fit_probes(activations, method=method.value, words=words)
-        tell("measuring what the best layer is worth")
-        worth = worth_of(probes, Labelled.of(activations, chosen), count_tokens=token_counter(model.tokenizer))
+        probes, worth = train_and_weigh(model, prompts=chosen, method=method.value)
     probes.save(out)
     rows = [
         (

@@ -52,10 +52,9 @@ def fit_lda(
     targets, weights = targets.to(rows.values), weights.to(rows.values)
     upper, lower, share = _class_means(rows, targets, weights)
     # Features that the coordinates of wide rows leave out have no variance, but count in its mean.
-    width = rows.values.shape[1] if rows.basis is None else len(rows.basis)
     squares = rows.values.square().sum(1)
     spread = weights @ squares - share * upper.square().sum(1) - (1 - share) * lower.square().sum(1)
-    ridge = (shrinkage * spread.clamp(min=0) / width)[:, None]
+    ridge = (shrinkage * spread.clamp(min=0) / rows.d_model)[:, None]
     keep, share = 1 - shrinkage, share[:, None]
 
     def covariance(vectors: Tensor) -> Tensor:
@@ -78,8 +77,7 @@ def ledoit_wolf(rows: Rows) -> float:
     Of long rows and many, the Gram matrix is estimated from a sketch; the share is then good to some per cent of
     itself.
     """
-    count = len(rows.values)
-    width = rows.values.shape[1] if rows.basis is None else len(rows.basis)
+    count, width = len(rows.values), rows.d_model
     squares = rows.values.square().sum(1, dtype=torch.float64)
     trace, square = float(squares.sum()) / count, rows.squared_moments() / count**2
     distance = square - trace**2 / width

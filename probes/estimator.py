@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from activations.errors import OptionError
 from probes.crossval import check_method, checked_strengths, fit_training_sets
 from probes.rows import Precision, check_device, check_precision, prepare, standardised, undecomposed
 
@@ -56,7 +57,9 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_method(self.method)
         check_precision(self.precision)
         check_device(self.device)
-        strengths = checked_strengths(self.l2)[:1]
+        strengths = checked_strengths(self.l2)
+        if len(strengths) > 1:
+            raise OptionError(f"l2 is {self.l2}: expected one number; a grid search chooses among several")
         X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), ensure_min_samples=2)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -67,6 +70,8 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"so y must hold two classes; got {counted}."
             )
         values, mean, scale = standardised(X, self.device)
+        if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+            raise ValueError("X holds values too large for float32: scale them down first.")
         rows = undecomposed(values) if self.method == "mean_difference" else prepare(values, 1, self.precision)
         truth = (codes == 1)[None]
         fits = fit_training_sets(rows, self.method, truth, np.ones_like(truth), strengths)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,15 @@ from jaxtyping import Bool, Float, Int
 from activations.errors import LabelError, OptionError, ProbeError
 from probes.baselines import Baseline, leads, surface_baselines
 from probes.calibration import Calibration, calibration_of, cross_calibrated
-from probes.folds import Groups, checked_labels, deal_folds, shuffled_labels
+from probes.folds import (
+    Groups,
+    checked_labels,
+    deal_folds,
+    plain_text,
+    refuse_copied_rows,
+    refuse_shared,
+    shuffled_labels,
+)
 from probes.metrics import Difference, Rate, auroc, auroc_interval, auroc_rows, empirical_p, group_numbers, rate_at_fpr
 from probes.probe import ProbeSet
 from probes.train import fit_probes
@@ -22,7 +31,15 @@ if TYPE_CHECKING:
     from activations.provenance import Provenance
     from activations.results import Activations
 
-__all__ = ["Evaluation", "Labelled", "LayerEvaluation", "evaluate", "held_out_scores", "random_direction_areas"]
+__all__ = [
+    "Evaluation",
+    "Labelled",
+    "LayerEvaluation",
+    "evaluate",
+    "held_out_scores",
+    "random_direction_areas",
+    "refuse_common_prompts",
+]
 
 _SHUFFLES = 200
 # Of probes fitted anew under shuffled labels, which cost a fit each; as many as `fit_probes` takes.
@@ -80,6 +97,14 @@ class Labelled:
     def known(self) -> tuple[tuple[str, ...], Bool[np.ndarray, " prompt"]]:
         """Texts and labels."""
         return self.texts, np.asarray(self.labels, dtype=bool)
+
+    def keys(self, *, texts: bool) -> set[Hashable]:
+        """What tells each prompt from others: its text, or its activations at all layers; none where all are alike."""
+        if texts:
+            return {plain_text(text) for text in self.texts}
+        prompts = (np.ascontiguousarray(rows).tobytes() for rows in self.values.swapaxes(0, 1))
+        keys: set[Hashable] = {hashlib.sha256(rows).digest() for rows in prompts}
+        return keys if len(keys) > 1 else set()
 
 
 @dataclass(frozen=True)
@@ -175,14 +200,17 @@ def evaluate(
         seed: Of folds, shuffles and random directions.
 
     Raises:
-        LabelError: Only one class is present, a prompt stands in `tested` and in `trained`, or baselines are to be
-            cross-validated and one group holds a whole class.
+        LabelError: Only one class is present, a prompt stands in `tested` and in `trained` (told by its text, or where
+            one of them has none by its activations), or baselines are to be cross-validated and one group holds a
+            whole class.
         NonFiniteError: A score is NaN or infinite.
         OptionError: The prompts are those the probes were fitted on, or a rate is outside (0, 1).
         ProbeError: The activations are of another base, pooling, hook points or width than the probes.
     """
     tested, source = _labelled(tested), None if trained is None else _labelled(trained)
     _check_origin(probes, tested)
+    if source is not None:
+        refuse_common_prompts(source, tested, "the training set and in the test set")
     scores, truth, members = probes.score(tested.values), np.asarray(tested.labels, dtype=bool), tested.members
     known = source.known if source is not None and source.texts else None
     surface = (
@@ -229,11 +257,10 @@ def held_out_scores(
     Raises:
         LabelError: As in `fit_probes`.
         NonFiniteError: An activation is NaN or infinite.
-        OptionError: An option of the fit is impossible, or `folds` is below 2.
+        OptionError: An option of the fit is impossible, or `folds` is no whole number from 2 on.
     """
-    if folds < 2:
-        raise OptionError(f"folds is {folds}: expected 2 or more")
     truth, members = checked_labels(labels, values.shape[1]), group_numbers(groups, values.shape[1])
+    refuse_copied_rows(values.__getitem__, len(values), members)
     dealt = deal_folds(truth, members, folds, np.random.default_rng(seed))
     scores = np.empty(values.shape[:2])
     for fold in range(int(dealt.max()) + 1):
@@ -268,6 +295,18 @@ def random_direction_areas(
     return np.asarray(np.maximum(found, 1 - found))
 
 
+def refuse_common_prompts(one: Labelled, other: Labelled, where: str) -> None:
+    """Refuse a prompt in two sets: by its text where both have theirs, else by its activations.
+
+    Only equal prompts have equal activations at every layer, unless all have the same ones.
+
+    Raises:
+        LabelError: They share one.
+    """
+    texts = bool(one.texts and other.texts)
+    refuse_shared(one.keys(texts=texts), other.keys(texts=texts), where)
+
+
 def _labelled(given: Labelled | Activations) -> Labelled:
     return given if isinstance(given, Labelled) else Labelled.of(given)
 
@@ -288,11 +327,15 @@ def _null(
         shuffled = np.stack([shuffled_labels(truth, members, rng) for _ in range(_SHUFFLES)])
         return np.stack([auroc_rows(np.broadcast_to(row, shuffled.shape), shuffled) for row in scores])
     known, homes = np.asarray(trained.labels, dtype=bool), trained.members
-    refits = []
-    for _ in range(_REFITS):
-        false = shuffled_labels(known, homes, rng)
-        refits.append(fit_probes(trained.values, false, groups=homes, method=probes.method, folds=0))
-    return np.stack([auroc_rows(fitted.score(tested.values), truth[None]) for fitted in refits], axis=1)
+    falses = [shuffled_labels(known, homes, rng) for _ in range(_REFITS)]
+
+    def refitted(layer: int, labels: np.ndarray) -> np.ndarray:
+        rows, l2 = slice(layer, layer + 1), probes.strength(layer)
+        fitted = fit_probes(trained.values[rows], labels, groups=homes, method=probes.method, l2=l2, folds=0)
+        return np.asarray(fitted.score(tested.values[rows])[0])
+
+    scores_of = (np.stack([refitted(layer, false) for false in falses]) for layer in range(len(probes)))
+    return np.stack([auroc_rows(scores, truth[None]) for scores in scores_of])
 
 
 def _check_origin(probes: ProbeSet, tested: Labelled) -> None:

@@ -8,9 +8,19 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from activations.errors import LabelError
+from activations.errors import LabelError, OptionError
+from probes.metrics import binary
 
-__all__ = ["Groups", "checked_labels", "deal_folds", "refuse_copied_rows", "refuse_copied_texts", "shuffled_labels"]
+__all__ = [
+    "Groups",
+    "checked_labels",
+    "deal_folds",
+    "plain_text",
+    "refuse_copied_rows",
+    "refuse_copied_texts",
+    "refuse_shared",
+    "shuffled_labels",
+]
 
 Groups = Sequence[object] | np.ndarray
 """The group of each prompt: any names, one for each prompt."""
@@ -23,7 +33,7 @@ def checked_labels(labels: np.ndarray | Sequence[bool] | None, prompts: int) -> 
     """Labels as an array, one for each prompt and both classes among them, or a LabelError."""
     if labels is None:
         raise LabelError("the activations carry no labels: pass labels, True where the prompt is harmful")
-    truth = np.asarray(labels, dtype=bool)
+    truth = binary(labels)
     if truth.shape != (prompts,):
         raise LabelError(f"labels of shape {truth.shape} for {prompts} prompts: expected one for each")
     if truth.all() or not truth.any():
@@ -44,7 +54,10 @@ def deal_folds(
 
     Raises:
         LabelError: Fewer than two groups hold one of the classes.
+        OptionError: `folds` is no whole number from 2 on.
     """
+    if folds < 2 or folds != int(folds):
+        raise OptionError(f"folds is {folds}: expected 2 or more")
     sizes, positives = np.bincount(members), np.bincount(members, weights=labels)
     holders = int((positives > 0).sum()), int((positives < sizes).sum())
     if min(holders) < 2:
@@ -74,8 +87,8 @@ def refuse_copied_rows(layer: Callable[[int], np.ndarray], layers: int, members:
     """Refuse prompts of different groups that are equal, bit for bit, at every layer: one would tell of the other.
 
     At an early layer different prompts may well agree: the last token of a chat template is always the same. So the
-    last layer is searched, and what is equal there is compared at all others. A last layer at which all prompts are
-    alike holds nothing that could leak.
+    last layer is searched first, and what is equal there at the others. A last layer at which all prompts are alike
+    holds nothing that could leak.
 
     Args:
         layer: Gives the rows of a layer, [prompt, d_model].
@@ -87,31 +100,64 @@ def refuse_copied_rows(layer: Callable[[int], np.ndarray], layers: int, members:
     """
     rows = layer(layers - 1)
     telling = np.ascontiguousarray(rows[:, np.linspace(0, rows.shape[1] - 1, _TELLING).astype(int)])
-    alike = _alike((row.tobytes() for row in telling), range(len(rows)))
-    copies = [
-        found for some in alike for found in _alike((np.ascontiguousarray(rows[i]).tobytes() for i in some), some)
-    ]
-    for found in copies:
-        if len(found) == len(rows):
+    copies = _equal_at(rows, _alike((row.tobytes() for row in telling), range(len(rows))))
+    if copies and len(copies[0]) == len(rows):
+        return
+    for earlier in range(layers - 1):
+        copies = [found for found in copies if len(set(members[found])) > 1]
+        if not copies:
             return
-        for other in found[1:]:
-            if members[other] == members[found[0]]:
-                continue
-            pair = [found[0], other]
-            if all(np.array_equal(*layer(i)[pair]) for i in range(layers - 1)):
-                raise _leak(found[0], other, "have the same activations at every layer")
+        copies = _equal_at(layer(earlier), copies)
+    _refuse_apart(copies, members, "have the same activations at every layer")
 
 
-def refuse_copied_texts(texts: Sequence[str], members: Int[np.ndarray, " prompt"]) -> None:
+def refuse_copied_texts(
+    texts: Sequence[Hashable], members: Int[np.ndarray, " prompt"], what: str = "are the same text"
+) -> None:
     """As `refuse_copied_rows`, of the prompts themselves; texts that are all alike hold nothing that could leak.
 
     Raises:
         LabelError: There are such copies; two are named.
     """
-    for found in _alike(texts, range(len(texts))):
-        others = [other for other in found if members[other] != members[found[0]]]
-        if others and len(found) < len(texts):
-            raise _leak(found[0], others[0], "are the same text")
+    _refuse_apart([found for found in _alike(texts, range(len(texts))) if len(found) < len(texts)], members, what)
+
+
+def refuse_shared(one: Iterable[Hashable], other: Iterable[Hashable], where: str) -> None:
+    """Refuse what two sets of prompts share: it would be trained on and tested on.
+
+    Args:
+        one: What tells a prompt of one set from others, as `plain_text` does.
+        other: The same of the other set.
+        where: Names both, as "the training set and in the test set".
+
+    Raises:
+        LabelError: They share something.
+    """
+    shared = len(set(one) & set(other))
+    if shared:
+        raise LabelError(
+            f"{shared} prompts stand in {where}: expected none, or one is trained on and tested on",
+            hint="Leave them out of one of the two.",
+        )
+
+
+def plain_text(text: str) -> str:
+    """A text as one that copies it with other capitals or spaces."""
+    return " ".join(text.casefold().split())
+
+
+def _equal_at(rows: np.ndarray, candidates: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Those of each candidate that are equal here too, bit for bit."""
+    return [
+        found for some in candidates for found in _alike((np.ascontiguousarray(rows[i]).tobytes() for i in some), some)
+    ]
+
+
+def _refuse_apart(copies: Sequence[Sequence[int]], members: Int[np.ndarray, " prompt"], what: str) -> None:
+    for first, *others in copies:
+        for other in others:
+            if members[other] != members[first]:
+                raise _leak(first, other, what)
 
 
 def _alike(keys: Iterable[Hashable], which: Iterable[int]) -> list[list[int]]:

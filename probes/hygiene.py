@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from activations.errors import LabelError, NonFiniteError, OptionError
+from probes.folds import Groups, checked_labels, deal_folds, refuse_copied_rows
 from probes.leace import (
     Concepts,
     Eraser,
@@ -40,7 +41,7 @@ from probes.leace import (
 from probes.logistic import fit_logistic
 from probes.metrics import auroc, auroc_interval, group_numbers
 from probes.probe import ProbeSet
-from probes.train import Groups, Provenance, checked_labels, deal_folds, fit_probes
+from probes.train import Provenance, fit_probes
 
 __all__ = ["Cleaned", "Cleaning", "Contamination", "Reading", "clean_probes", "contamination"]
 
@@ -155,7 +156,7 @@ def clean_probes(
 
     Raises:
         LabelError: One class only, no nuisance, one that never varies or with `keep_shared` never within an intent
-            class, or a length that differs.
+            class, a length that differs, or equal prompts in different groups.
         NonFiniteError: An activation or a value is NaN or infinite.
         OptionError: `method`, `shrinkage`, `l2` or `folds` is impossible.
     """
@@ -165,8 +166,7 @@ def clean_probes(
     if keep_shared and method != "joint":
         _require_told_from_intent(data)
     how = _How(method, keep_shared, shrinkage, l2, provenance)
-    everything = np.ones(len(data.truth), dtype=bool)
-    raw, probes, erasers = _fit(data, everything, how)
+    raw, probes, erasers = _fit(data, np.ones(len(data.truth), dtype=bool), how)
     if not folds:
         return Cleaned(probes, raw, erasers, (), ())
     scores = _held_out(data, how, folds, seed)
@@ -300,6 +300,7 @@ def _reading_raw(raw: ProbeSet, layers: Sequence[tuple[np.ndarray, float]]) -> P
 
 def _held_out(data: _Data, how: _How, folds: int, seed: int) -> Float[np.ndarray, "2 layer prompt"]:
     """Scores of raw and cleaned probes for each prompt, by those that did not see its group."""
+    refuse_copied_rows(data.values.__getitem__, len(data.values), data.members)
     held_out = deal_folds(data.truth, data.members, folds, np.random.default_rng(seed))
     scores = np.empty((2, *data.values.shape[:2]))
     for fold in range(held_out.max() + 1):
@@ -333,6 +334,7 @@ def _area_within(
 ) -> tuple[float | None, tuple[float, float] | None]:
     values = nuisance[rows]
     high = values if values.dtype == bool else values > np.median(values)
+    high = high if high.any() else values == values.max()  # most prompts share the largest value
     if high.all() or not high.any():
         return None, None
     return auroc(scores[rows], high), auroc_interval(scores[rows], high, groups=members[rows])
@@ -369,9 +371,7 @@ def _data(
 ) -> _Data:
     values = np.asarray(activations)
     if values.ndim != 3 or 0 in values.shape:
-        raise OptionError(
-            f"activations have shape {values.shape}: expected [layer, prompt, d_model], none of them empty"
-        )
+        raise OptionError(f"activations have shape {values.shape}: expected [layer, prompt, d_model], none of them 0")
     if not np.isfinite(values).all():
         raise NonFiniteError("activations hold NaN or infinite values")
     truth = checked_labels(labels, values.shape[1])

@@ -22,7 +22,7 @@ __all__ = ["fit_columns", "fit_logistic"]
 # Pairs of steps that L-BFGS remembers; 5 to 40 took as many steps: the preconditioner does the work.
 _MEMORY = 6
 
-# Columns at a time: matrix products gain nothing beyond, and what L-BFGS remembers stays small beside the rows.
+# Columns at a time: matrix products gain nothing beyond.
 _BATCH = 80
 
 # What is not there by then never will be: rounding is in the way. 100 suffice in float32 for penalties of 1e-4.
@@ -73,12 +73,18 @@ def fit_columns(
     """
     like = rows.values
     found = []
-    for start in range(0, len(targets), _BATCH):
-        some = slice(start, start + _BATCH)
+    batch = _batch(*like.shape)
+    for start in range(0, len(targets), batch):
+        some = slice(start, start + batch)
         penalties = torch.tensor(list(l2[some]), dtype=like.dtype, device=like.device)[:, None]
         found.append(_lbfgs(rows, (targets[some].to(like), weights[some].to(like), penalties)))
     solution = torch.cat(found)
     return solution[:, :-1], solution[:, -1]
+
+
+def _batch(prompts: int, width: int) -> int:
+    """Columns at a time. Each takes some twenty numbers a prompt; together they stay small beside the rows."""
+    return min(_BATCH, max(1, 2**18 // prompts, width // 32))
 
 
 @dataclass(eq=False)
@@ -114,49 +120,53 @@ def _lbfgs(rows: Rows, problem: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     start = targets.new_zeros(len(targets), rows.values.shape[1] + 1)
     here = _Columns(targets, weights, penalties, start, torch.zeros_like(targets), [])
     done, active = torch.zeros_like(start), torch.arange(len(targets), device=targets.device)
-    rough = rows.low is not None
+    length = start.new_ones(len(start), 1)
     slope: Tensor | None = None
     step: Tensor | None = None
     for _ in range(_STEPS[start.dtype]):
         chance = torch.sigmoid(here.margins)
         residual = here.weights * (chance - here.targets)
         before = slope
-        slope = torch.cat([rows.backward(residual, rough=rough), residual.sum(1, keepdim=True)], dim=1)
+        slope = torch.cat([rows.backward(residual, rough=True), residual.sum(1, keepdim=True)], dim=1)
         slope += here.penalty(here.solution)
         if step is not None and before is not None:
             here.remember(step, slope - before)
         curvature = here.weights * chance * (1 - chance)
         direction = -_inverse_hessian(rows, here, slope, curvature.sum(1, keepdim=True))
         decrement = -(slope * direction).sum(1)
-        along = rows.forward(direction[:, :-1], rough=rough) + direction[:, -1:]
-        length = _line_search(here, direction, along, decrement)
+        along = rows.forward(direction[:, :-1], rough=True) + direction[:, -1:]
+        length = _line_search(here, direction, along, decrement, length)
         step = length * direction
         here.margins = here.margins + length * along
         here.solution = here.solution + step
-        going = _unfinished(here, curvature, decrement, length * along, rows.tolerance)
+        going = _unfinished(here, curvature, length[:, 0] * decrement, length * along, rows.tolerance)
         if not going.all():
             done[active[~going]] = here.solution[~going]
             active = active[going]
             if not len(active):
                 return done
             here.keep(going)
-            slope, step = slope[going], step[going]
+            slope, step, length = slope[going], step[going], length[going]
     done[active] = here.solution
     return done
 
 
-def _unfinished(here: _Columns, curvature: Tensor, decrement: Tensor, moved: Tensor, relative: float) -> Tensor:
+def _unfinished(here: _Columns, curvature: Tensor, energy: Tensor, moved: Tensor, relative: float) -> Tensor:
     """Columns whose last step still moved the decision values, on the whole or at one prompt.
 
-    The decrement is the squared distance to the optimum in units of the log loss, where a decision value off by e costs
-    curvature * e^2; prompts that are told with confidence have next to no curvature, so they are looked at themselves,
-    and where most are told so (a curvature far below its greatest, 1/4), steps are short of the optimum by more.
-    Values below 1e-5 are rounding: rows without any variance have no others.
+    The energy of the step, decrement times length, is its squared length in units of the log loss, and about that of
+    the way still to go (whatever the preconditioner guessed wrong is in the length). There a decision value off by e
+    costs curvature * e^2; prompts that are told with confidence have next to no curvature, so they are looked at
+    themselves, and where most are told so (a curvature far below its greatest, 1/4), steps fall short by more.
+    Values below 1e-5 are rounding: rows without any variance have no others. So are steps of 8 units in the last place:
+    where next to no prompt has curvature, the energy in float32 may never fall below what is asked.
     """
     spread = (curvature * ((here.margins - here.solution[:, -1:]).square() + 1e-10)).sum(1)
     tolerance = relative * (4 * curvature.sum(1)).sqrt()
     furthest = here.margins.abs().amax(1) + 1e-5
-    return (decrement > tolerance**2 * spread) | (moved.abs().amax(1) > 3 * tolerance * furthest)
+    moved = moved.abs().amax(1) / furthest
+    known = moved <= 8 * torch.finfo(moved.dtype).eps
+    return ~known & ((energy > tolerance**2 * spread) | (moved > 3 * tolerance))
 
 
 def _inverse_hessian(rows: Rows, here: _Columns, slope: Tensor, curvature: Tensor) -> Tensor:
@@ -173,20 +183,20 @@ def _inverse_hessian(rows: Rows, here: _Columns, slope: Tensor, curvature: Tenso
     return inverse
 
 
-def _line_search(here: _Columns, direction: Tensor, along: Tensor, decrement: Tensor) -> Tensor:
-    """The length for each column at which the slope along the direction is a tenth of what it was, or less.
+def _line_search(here: _Columns, direction: Tensor, along: Tensor, decrement: Tensor, guess: Tensor) -> Tensor:
+    """The length for each column at which the slope along the direction is a fifth of what it was, or less.
 
     Newton's method in one variable, kept inside a bracket; the function is convex, so it ends.
     """
     pull = here.penalty(direction)
     linear, square = (pull * here.solution).sum(1), (pull * direction).sum(1)
-    length = torch.ones_like(decrement)
+    length = guess[:, 0]
     low, high = torch.zeros_like(length), torch.full_like(length, float("inf"))
     for _ in range(60):
         chance = torch.sigmoid(here.margins + length[:, None] * along)
         weighted = here.weights * along
         first = (weighted * (chance - here.targets)).sum(1) + linear + length * square
-        short = first.abs() > 0.1 * decrement
+        short = first.abs() > 0.2 * decrement
         if not short.any():
             break
         second = (weighted * along * chance * (1 - chance)).sum(1) + square

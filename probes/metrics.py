@@ -20,6 +20,7 @@ __all__ = [
     "auroc_difference",
     "auroc_interval",
     "auroc_rows",
+    "binary",
     "calibration_error",
     "clopper_pearson",
     "empirical_p",
@@ -84,12 +85,17 @@ def auroc(scores: Float[np.ndarray, " prompt"], labels: Bool[np.ndarray, " promp
 def auroc_rows(
     scores: Float[np.ndarray, "row prompt"], labels: Bool[np.ndarray, "#row prompt"]
 ) -> Float[np.ndarray, " row"]:
-    """`auroc` of each row of scores, from mid-ranks (Mann-Whitney), with labels for all rows or for each; unchecked."""
-    labels = np.broadcast_to(labels, scores.shape)
+    """`auroc` of each row of scores (Mann-Whitney), with labels for all rows or for each; unchecked, NaN gives NaN."""
+    labels, count = np.broadcast_to(labels, scores.shape), scores.shape[-1]
     positives = labels.sum(axis=-1)
-    rank_sums = np.where(labels, rankdata(scores, axis=-1), 0.0).sum(axis=-1)
+    order = np.argsort(scores, axis=-1)
+    rank_sums = np.take_along_axis(labels, order, axis=-1) @ np.arange(1.0, count + 1)
+    placed = np.take_along_axis(scores, order, axis=-1)
+    # Mid-ranks take four times as long, and only ties need them.
+    tied = (placed[..., 1:] == placed[..., :-1]).any(axis=-1) | np.isnan(placed[..., -1])
+    rank_sums[tied] = np.where(labels[tied], rankdata(scores[tied], axis=-1), 0.0).sum(axis=-1)
     wins = rank_sums - positives * (positives + 1) / 2
-    return np.asarray(wins / (positives * (labels.shape[-1] - positives)))
+    return np.asarray(wins / (positives * (count - positives)))
 
 
 def auroc_interval(
@@ -160,7 +166,7 @@ def auroc_difference(
         OptionError: `level` is outside (0, 1).
     """
     scorings = [_checked(scores, labels)[0] for scores in (first, second)]
-    truth = np.asarray(labels, dtype=bool)
+    truth = binary(labels)
     members = group_numbers(groups, len(truth))
     areas = [auroc(scores, truth) for scores in scorings]
     (low, high), (other_low, other_high) = (
@@ -252,7 +258,7 @@ def calibration_error(
         LabelError: There are no prompts, or lengths differ.
         OptionError: A probability is outside [0, 1], or `bins` is not positive.
     """
-    probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=bool)
+    probabilities, labels = np.asarray(probabilities, dtype=np.float64), binary(labels)
     if probabilities.shape != labels.shape or not labels.size:
         raise LabelError(
             f"{labels.shape} labels for {probabilities.shape} probabilities: expected as many, and one at least"
@@ -284,18 +290,37 @@ def group_numbers(groups: Sequence[object] | np.ndarray | None, count: int) -> I
     """Groups numbered from 0 in order of appearance of their names; every prompt its own when `groups` is None.
 
     Raises:
-        LabelError: There is not one group for each prompt.
+        LabelError: There is not one group for each prompt, or one is missing (None or NaN).
     """
     if groups is None:
         return np.arange(count)
-    if len(groups) != count:
+    if len(groups) != count or getattr(groups, "ndim", 1) != 1:
         raise LabelError(f"{len(groups)} groups for {count} prompts: expected one for each")
     numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+    for i, group in enumerate(groups):
+        if group is None or group != group:
+            raise LabelError(f"the group of prompt {i} is {group}: expected a name", hint="Name each unpaired prompt.")
+        numbers.setdefault(group, len(numbers))
+    return np.array([numbers[group] for group in groups], dtype=np.int64)
+
+
+def binary(labels: np.ndarray | Sequence[bool]) -> Bool[np.ndarray, " *shape"]:
+    """Labels as booleans.
+
+    Raises:
+        LabelError: One is neither True nor False, 1 nor 0: NumPy takes NaN, 2 and the text "False" for true.
+    """
+    given = np.asarray(labels)
+    if given.dtype != bool and (given.dtype.kind not in "iuf" or not np.isin(given, (0, 1)).all()):
+        raise LabelError(
+            f"labels are {given.dtype} and not all True or False: expected True where the prompt is harmful",
+            hint="Convert them first, as labels == 'harmful'.",
+        )
+    return given.astype(bool)
 
 
 def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
+    scores, labels = np.asarray(scores, dtype=np.float64), binary(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise LabelError(
             f"labels of shape {labels.shape} for scores of shape {scores.shape}: expected one for each score"

@@ -6,6 +6,7 @@ Names come from untrusted folders, so none is read as mathematics.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ _MOST_TICKS = 5
 _MOST_NUMBERS = (12, 10)  # rows, columns
 # An AUROC drawn in the colour of chance or of perfection is one.
 _AUROC_RANGE = (0.5, 1.0)
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\.")
 
 
 def plot_layer_shift(result: Diff | Evidence, *, ax: Axes | None = None) -> Axes:
@@ -84,29 +86,32 @@ def plot_layer_shift(result: Diff | Evidence, *, ax: Axes | None = None) -> Axes
 def plot_auroc(probe_set: ProbeSet, *, ax: Axes | None = None) -> Axes:
     """Draw how well each layer's probe separates held-out prompts, above everything that needs no knowledge of intent.
 
-    Drawn beside it: the same fit under shuffled labels, the best of 100 random directions, and a model that sees the
-    prompts' words alone.
+    Drawn beside it: the same fit under shuffled labels, the best of 1000 random directions, and a model that sees the
+    prompts' words alone. Layers are the blocks that the hook points name.
 
     Raises:
         ProbeError: The probes were fitted without held-out folds, so nothing is known.
     """
     if not probe_set.metrics:
         raise ProbeError("the probes have no metrics to draw", hint="Fit them with folds of at least 2.")
-    ax, layers = _axes(ax), np.arange(len(probe_set.metrics))
-    metrics = probe_set.metrics
+    ax, metrics = _axes(ax), probe_set.metrics
+    layers, named = _layers(probe_set.hook_points)
+    wide = _wide(layers)
     ax.axhline(0.5, color=PALETTE["line"], linewidth=1)
     shuffled = np.array([(min(m.null_shuffled), max(m.null_shuffled)) for m in metrics if m.null_shuffled])
     if len(shuffled) == len(layers):
-        ax.fill_between(layers, *shuffled.T, color=PALETTE["band"], linewidth=0, label="shuffled labels")
-    random = [m.null_random_directions for m in metrics]
-    ax.plot(layers, random, color=PALETTE["dots"], linestyle=":", label="best of 100 random directions")
-    words = [np.nan if m.words_baseline is None else m.words_baseline for m in metrics]
+        ax.fill_between(wide, *shuffled.T, color=PALETTE["band"], linewidth=0, label="shuffled labels")
+    random = np.broadcast_to([m.null_random_directions for m in metrics], wide.shape)
+    ax.plot(wide, random, color=PALETTE["dots"], linestyle=":", label="best of 1000 random directions")
+    words = np.array([np.nan if m.words_baseline is None else m.words_baseline for m in metrics])
     if not np.isnan(words).all():
-        ax.plot(layers, words, color=PALETTE["green"], linestyle="--", label="words alone")
-    ax.fill_between(layers, *np.array([m.interval for m in metrics]).T, color=PALETTE["blue"], alpha=0.15, linewidth=0)
+        ax.plot(wide, np.broadcast_to(words, wide.shape), color=PALETTE["green"], linestyle="--", label="words alone")
+    ax.fill_between(wide, *np.array([m.interval for m in metrics]).T, color=PALETTE["blue"], alpha=0.15, linewidth=0)
     ax.plot(layers, [m.auroc for m in metrics], color=PALETTE["blue"], marker="o", markersize=4, label="probe")
-    ax.set(xlabel="layer", ylabel="AUROC, held out", ylim=(min(0.4, ax.get_ylim()[0]), 1.02))
+    ax.set(xlabel=named, ylabel="AUROC, held out", ylim=(min(0.4, ax.get_ylim()[0]), 1.02))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(layers) == 1:
+        ax.set_xticks(layers)
     ax.legend(frameon=False, fontsize="small", loc="lower right")
     return _tidy(ax)
 
@@ -253,6 +258,19 @@ def _axes(ax: Axes | None, *, height: float = 2.4) -> Axes:
     return ax if ax is not None else plt.subplots(figsize=(4.4, height), layout="constrained")[1]
 
 
+def _layers(hook_points: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The block that each hook point names and what to call that; places in a row where two name the same."""
+    blocks = [int(found[1]) for name in hook_points if (found := _BLOCK.match(name))]
+    if len(set(blocks)) == len(hook_points):
+        return np.array(blocks), "layer"
+    return np.arange(len(hook_points)), "hook point, in order"
+
+
+def _wide(layers: np.ndarray) -> np.ndarray:
+    """Where a line or a band is drawn; that of a single layer is given a width, or it would not be seen."""
+    return layers if len(layers) > 1 else layers + np.array([-0.4, 0.4])
+
+
 def _bars(ax: Axes, values: Sequence[float]) -> None:
     largest = int(np.argmax(np.abs(values)))
     bars = ax.bar(range(len(values)), values, color=PALETTE["dots"], width=0.72)
@@ -267,7 +285,8 @@ def _diff_lines(ax: Axes, result: Diff) -> None:
     layers = np.arange(len(weights))
     if result.activations is not None:
         by_chance = np.quantile(result.activations.mean_shift_null, 0.95, axis=0)
-        ax.fill_between(layers, 0, by_chance, color=PALETTE["band"], linewidth=0, label="activations, by chance (95 %)")
+        label = "activations, by chance (95 %)"
+        ax.fill_between(_wide(layers), 0, by_chance, color=PALETTE["band"], linewidth=0, label=label)
         shift = result.activations.mean_shift
         ax.plot(layers, shift, color=PALETTE["orange"], marker="D", markersize=4, label="activations")
     ax.plot(layers, weights, color=PALETTE["blue"], marker="o", markersize=4, label="weights")

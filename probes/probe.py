@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from activations.errors import ProbeError
+from probes.records import replace_file
 
 if TYPE_CHECKING:
     from activations.models import Model
@@ -32,6 +34,15 @@ Method = Literal["logistic", "mean_difference", "lda"]
 # float32 rounds the norm of a unit direction by about 1e-7 times the square root of its length; a file further off than
 # this was not written by us.
 _UNIT_NORM_TOLERANCE = 1e-3
+# Smaller ones lose digits in float32, and what is divided by them overflows.
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+# What `fit_probes` takes where nobody says otherwise.
+_USUAL_L2 = 1e-2
+
+# Prompts that are standardised at a time, so that scoring copies no layer.
+_ROWS = 128
+
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -57,14 +68,26 @@ class Probe:
 
     @property
     def residual_direction(self) -> Float[np.ndarray, " d_model"]:
-        """The unit direction along which the score grows fastest in the residual stream itself, scaling undone."""
-        steepest = self.direction / self.scale
-        return np.asarray(steepest / np.linalg.norm(steepest))
+        """The unit direction along which the score grows fastest in the residual stream itself, scaling undone.
+
+        Raises:
+            ProbeError: The direction is zero, NaN or infinite.
+        """
+        steepest = np.asarray(self.direction, dtype=np.float64) / self.scale
+        length = np.linalg.norm(steepest)
+        if not 0 < length < np.inf:
+            raise ProbeError(f"the probe's direction has the length {length}: it points nowhere")
+        return np.asarray(steepest / length)
 
     def score(self, activations: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, " prompt"]:
         """Decision values: log odds for a logistic probe; above 0 reads as harmful."""
-        standardised = (np.asarray(activations, dtype=np.float32) - self.mean) / self.scale
-        return np.asarray(self.gain * (standardised @ self.direction) + self.bias)
+        along = np.empty(len(activations), dtype=np.float32)
+        for start in range(0, len(activations), _ROWS):
+            some = slice(start, start + _ROWS)
+            standardised = np.subtract(activations[some], self.mean, dtype=np.float32)
+            standardised /= self.scale
+            along[some] = standardised @ self.direction
+        return np.asarray(self.gain * along + self.bias)
 
 
 class LayerMetrics(BaseModel):
@@ -74,18 +97,18 @@ class LayerMetrics(BaseModel):
         auroc: Of cross-validated scores, folds keeping groups together.
         interval: Its 95 % interval, which knows the groups.
         null_shuffled: Cross-validated AUROC under shuffled labels, one value a shuffle.
-        null_random_directions: The best AUROC, either sign, of 100 random directions.
+        null_random_directions: The best AUROC, either sign, of 1000 random directions.
         words_baseline: Cross-validated AUROC of a model that sees the prompts' words alone; None where not measured.
         threshold: See `Probe.threshold`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    auroc: float
-    interval: tuple[float, float]
-    null_shuffled: tuple[float, ...]
-    null_random_directions: float
-    words_baseline: float | None = None
+    auroc: _Share
+    interval: tuple[_Share, _Share]
+    null_shuffled: tuple[_Share, ...]
+    null_random_directions: _Share
+    words_baseline: _Share | None = None
     threshold: float | None = None
 
 
@@ -102,7 +125,7 @@ class _Card(BaseModel):
     prompts_hash: str
     prompts_name: str
     metrics: tuple[LayerMetrics, ...]
-    l2: tuple[float, ...] = ()
+    l2: tuple[PositiveFloat, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +192,10 @@ class ProbeSet:
             raise ProbeError("no layer is known to be the best: the probes were fitted without held-out folds")
         return int(np.argmax([layer.auroc for layer in self.metrics]))
 
+    def strength(self, layer: int) -> float:
+        """The penalty to fit one row anew with: its own, or where none is known that of `fit_probes`."""
+        return self.l2[layer] if self.l2 else _USUAL_L2
+
     def score(self, activations: Float[np.ndarray, "layer prompt d_model"]) -> Float[np.ndarray, "layer prompt"]:
         """Decision values of every layer's probe on that layer's activations.
 
@@ -213,16 +240,22 @@ class ProbeSet:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the probe file, replacing an older one in one step."""
+        """Write the probe file, replacing an older one in one step.
+
+        Raises:
+            ProbeError: `load` would refuse it, as a probe with a zero direction.
+        """
         from safetensors.numpy import save
 
         path = Path(path)
         tensors = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in _TENSORS}
-        card = _Card(**{name: getattr(self, name) for name in _Card.model_fields})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(save(tensors, metadata={SCHEMA: card.model_dump_json(exclude=None if self.l2 else {"l2"})}))
-        partial.replace(path)
+        try:
+            card = _Card(**{name: getattr(self, name) for name in _Card.model_fields})
+            text = card.model_dump_json(exclude=None if self.l2 else {"l2"})
+        except (ValidationError, PydanticSerializationError) as fault:
+            raise ProbeError(f"these probes are none that a file can hold: {fault}", path=path) from None
+        _check_arrays(tensors, card, path)
+        replace_file(path, save(tensors, metadata={SCHEMA: text}))
         return path
 
     @classmethod
@@ -265,7 +298,7 @@ def _read_card(header: Header, path: Path) -> _Card:
 
 
 def _check_arrays(arrays: dict[str, np.ndarray], card: _Card, path: Path) -> None:
-    """Shapes that agree with the card, finite values, positive scales, unit directions."""
+    """Shapes that agree with the card, each layer once, finite values, positive scales, unit directions."""
     layers, width = len(card.hook_points), arrays["directions"].shape[-1:]
     for name, array in arrays.items():
         expected = (layers,) if name in ("biases", "gains") else (layers, *width)
@@ -276,7 +309,9 @@ def _check_arrays(arrays: dict[str, np.ndarray], card: _Card, path: Path) -> Non
     for name, given in (("metrics", card.metrics), ("l2", card.l2)):
         if len(given) not in (0, layers):
             raise ProbeError(f"{name} are given for {len(given)} layers: expected {layers} or none", path=path)
-    if not (arrays["scales"] > 0).all():
+    if len(set(card.hook_points)) < layers:
+        raise ProbeError("a hook point stands there twice", path=path)
+    if not (arrays["scales"] >= _SMALLEST_SCALE).all():
         raise ProbeError("scales holds values that are not positive", path=path)
-    if np.abs(np.linalg.norm(arrays["directions"], axis=1) - 1).max() > _UNIT_NORM_TOLERANCE:
+    if np.abs(np.linalg.norm(arrays["directions"].astype(np.float64), axis=1) - 1).max() > _UNIT_NORM_TOLERANCE:
         raise ProbeError("directions holds rows that are not of unit length", path=path)

@@ -39,6 +39,7 @@ __all__ = [
     "Verdict",
     "environment",
     "json_schema",
+    "replace_file",
     "write_json",
 ]
 
@@ -64,6 +65,7 @@ _PACKAGES = (
     "pydantic",
     "safetensors",
     "scikit-learn",
+    "scipy",
     "tokenizers",
     "torch",
     "transformer-lens",
@@ -229,10 +231,15 @@ def write_json(record: BaseModel, path: Path) -> None:
         record: Any record of this module.
         path: The file; its folder is made where it is missing.
     """
+    replace_file(path, (record.model_dump_json(indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: whoever dies in between leaves the old one; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
     try:
-        draft.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        draft.write_bytes(content)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -20,20 +20,16 @@ from pydantic import ValidationError
 
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import CheckpointError, NonFiniteError, OptionError, PathMissingError, UndertowError
-from activations.extract import extract
 from activations.loading import load_model
-from activations.models import Model
-from activations.prompts import PromptSet, load_prompts
-from activations.tokens import template_hash
 from probes.bank import Bank, Member, load_bank, settings_of
 from probes.detectors import DETECTORS, FOLLOW_UPS, Detector, FollowUp
 from probes.probe import ProbeSet
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
 from probes.reference import Reference, Subject, default_battery
-from probes.train import fit_probes, words_baseline
 from probes.verdict import ALPHA, Judgement, judge
+from probes.worth import train_probe
 
-__all__ = ["calibrate", "scan", "train_probe"]
+__all__ = ["calibrate", "scan"]
 
 PROMPTS = "matched-pairs"
 Progress = Callable[[str], None]
@@ -152,29 +148,6 @@ def refuse_twins(checkpoints: Sequence[Checkpoint]) -> None:
                 path=checkpoint.path,
                 hint=f"Leave one out, or train another: the other one is {first.path}.",
             )
-
-
-def train_probe(base: Model, *, prompts: str | PromptSet = PROMPTS, method: str = "logistic") -> ProbeSet:
-    """Fit an intent probe at every layer of the base.
-
-    Args:
-        base: The trusted base.
-        prompts: A shipped set's name, a file, or a set; both classes.
-        method: "logistic" or "mean_difference".
-    """
-    chosen = load_prompts(prompts) if isinstance(prompts, str) else prompts
-    chosen.require_both()
-    return fit_probes(
-        extract(base, chosen),
-        chosen.labels,
-        groups=chosen.pair_ids,
-        method=method,
-        base_fingerprint=base.fingerprint,
-        template_hash=template_hash(base.tokenizer),
-        prompts_hash=chosen.content_hash,
-        prompts_name=chosen.name,
-        words=words_baseline(chosen.prompts, chosen.labels, chosen.pair_ids),
-    )
 
 
 def prepare(
@@ -306,7 +279,7 @@ def key_of(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> s
     """Hash of everything that can change a record: checkpoint, base, settings, bank, code."""
     probes = reference.probes
     configs = (reference.base.hf.config, reference.base.hf.generation_config)
-    parts_of_probe = (probes.directions, probes.means, probes.scales, probes.gains)
+    parts_of_probe = (probes.directions, probes.biases, probes.means, probes.scales, probes.gains)
     parts = {
         "checkpoint": checkpoint.content_hash(),
         "notes": checkpoint.notes,

@@ -214,7 +214,7 @@ def _areas(
         [held_out_scores(one, fold) for one in of_labelling]
         for of_labelling, fold in zip(scores.reshape(*shape, -1), plan.held_out, strict=True)
     ]
-    return auroc_rows(np.array(held_out), plan.labels[:, None])
+    return np.stack([auroc_rows(np.stack(one), truth[None]) for one, truth in zip(held_out, plan.labels, strict=True)])
 
 
 def _inputs(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from activations.errors import NonFiniteError, OptionError
 from probes.crossval import checked_strengths, held_out_scores
-from probes.folds import Groups, checked_labels, deal_folds, shuffled_labels
+from probes.folds import Groups, checked_labels, deal_folds, refuse_copied_texts, shuffled_labels
 from probes.metrics import auroc, auroc_interval, auroc_rows, group_numbers
 from probes.rows import check_device, standardised
 
@@ -26,6 +26,8 @@ __all__ = ["TokenMetrics", "TokenProbe", "fit_token_probe"]
 
 # Starts besides the mean over all tokens: axes along which tokens vary more in one class, looked at from both ends.
 _AXES = 3
+
+_NOT_FINITE = "the tokens hold NaN or infinite values"
 
 # Adam (Kingma and Ba 2015): further steps changed no AUROC by more than 0.01 on planted problems.
 _STEPS, _RATE = 300, 0.05
@@ -69,15 +71,32 @@ class TokenProbe:
     metrics: TokenMetrics | None
 
     def attention(self, tokens: Float[np.ndarray, "token d_model"]) -> Float[np.ndarray, " token"]:
-        """How much each token of a prompt counts; sums to 1."""
+        """How much each token of a prompt counts; sums to 1.
+
+        Raises:
+            NonFiniteError: A token is NaN or infinite.
+            OptionError: There are no tokens, or their width is another.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] != len(self.query):
+            raise OptionError(
+                f"a prompt has shape {tokens.shape}: expected [token, {len(self.query)}], one token or more"
+            )
+        if not np.isfinite(tokens).all():
+            raise NonFiniteError(_NOT_FINITE)
         looked = ((tokens - self.mean) / self.scale) @ self.query
         weight = np.exp(looked - looked.max())
         return np.asarray(weight / weight.sum())
 
     def score(self, prompts: Sequence[Float[np.ndarray, "token d_model"]]) -> Float[np.ndarray, " prompt"]:
-        """Log odds of each prompt; above 0 reads as harmful."""
-        means = np.stack([self.attention(tokens) @ ((tokens - self.mean) / self.scale) for tokens in prompts])
-        return np.asarray(means @ self.weights + self.bias)
+        """Log odds of each prompt; above 0 reads as harmful.
+
+        Raises:
+            NonFiniteError, OptionError: As in `attention`.
+        """
+        weights = self.weights / self.scale
+        read = [self.attention(tokens) @ ((tokens - self.mean) @ weights) for tokens in map(np.asarray, prompts)]
+        return np.array(read, dtype=np.float64) + self.bias
 
 
 def fit_token_probe(
@@ -107,16 +126,22 @@ def fit_token_probe(
         device: Where the products are done.
 
     Raises:
-        LabelError: Labels or groups are not one for each prompt, of one class, or too few to hold any out.
+        LabelError: Labels or groups are not one for each prompt, of one class, or too few to hold any out; or equal
+            prompts stand in different groups, so that they may be held out from each other.
         NonFiniteError: A token is NaN or infinite.
         OptionError: A prompt has no tokens or another width than the first, or an option is impossible.
     """
     truth, members = checked_labels(labels, len(prompts)), group_numbers(groups, len(prompts))
-    (strength,) = checked_strengths(l2)[:1]
+    strength, *others = checked_strengths(l2)
     check_device(device)
+    if shuffles < 0 or others:
+        raise OptionError(f"shuffles is {shuffles} and l2 {l2}: expected 0 or more shuffles, and one strength")
     if folds not in (0, *range(2, len(prompts) + 1)):
         raise OptionError(f"folds is {folds}: expected 2 to {len(prompts)}, or 0 to fit without measuring")
+    prompts = [np.asarray(tokens) for tokens in prompts]
     padded, mask, mean, scale = _padded(prompts, device)
+    if folds:
+        refuse_copied_texts([tokens.tobytes() for tokens in prompts], members, "have the same activations")
     rng = np.random.default_rng(seed)
     labellings = [truth, *(shuffled_labels(truth, members, rng) for _ in range(shuffles if folds else 0))]
     held_out = [deal_folds(one, members, folds, rng) for one in labellings] if folds else []
@@ -205,9 +230,9 @@ def _padded(
     widths = {tokens.shape[1:] for tokens in prompts}
     if len(widths) != 1 or len(next(iter(widths))) != 1 or not all(len(tokens) for tokens in prompts):
         raise OptionError("a prompt has no tokens or another width: expected one array [token, d_model] a prompt")
-    rows, mean, scale = standardised(np.concatenate(list(prompts)), device)
+    rows, mean, scale = standardised(np.concatenate(prompts), device)
     if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-        raise NonFiniteError("the tokens hold NaN or infinite values")
+        raise NonFiniteError(_NOT_FINITE)
     ends = np.cumsum([len(tokens) for tokens in prompts]).tolist()
     parts = [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)

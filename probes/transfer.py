@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
 
-from activations.errors import LabelError, OptionError
-from probes.evaluate import Labelled, held_out_scores
+from activations.errors import OptionError
+from probes.evaluate import Labelled, held_out_scores, refuse_common_prompts
 from probes.metrics import auroc, auroc_interval
 from probes.train import fit_probes
 
 __all__ = ["Transfer", "transfer_matrix"]
+
+# What activations must share for a probe of one set to read another, as a message names it.
+_PLACE = {
+    "hook_points": "hook points",
+    "pooling": "poolings",
+    "fingerprint": "bases",
+    "template_hash": "chat templates",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +66,12 @@ def transfer_matrix(
     Raises:
         LabelError: A prompt stands in two of the sets, or a set cannot be cross-validated.
         NonFiniteError: An activation is NaN or infinite.
-        OptionError: No set is given, their layers or widths differ, or an option of the fit is impossible.
+        OptionError: No set is given, they come from different bases, places or templates, their layers or widths
+            differ, or an option of the fit is impossible.
     """
     points = _check_same_places(sets)
-    _refuse_shared(sets)
+    for (one, first), (other, second) in combinations(sets.items(), 2):
+        refuse_common_prompts(first, second, f"{one!r} and in {other!r}")
     names = tuple(sets)
     layers = next(iter(sets.values())).values.shape[0]
     found = np.empty((3, layers, len(names), len(names)))
@@ -90,29 +100,10 @@ def _check_same_places(sets: Mapping[str, Labelled]) -> tuple[str, ...]:
             raise OptionError(
                 f"{name!r} has {got[0]} layers of width {got[1]}, {first_name!r} has {expected[0]} of {expected[1]}"
             )
-    stated = {each.provenance.hook_points for each in sets.values() if each.provenance is not None}
-    if len(stated) > 1:
-        raise OptionError("the sets were extracted at different hook points: expected the same for all")
-    return stated.pop() if stated else tuple(f"layer {layer}" for layer in range(len(first.values)))
-
-
-def _refuse_shared(sets: Mapping[str, Labelled]) -> None:
-    """Refuse a prompt in two sets, which would be trained on and tested on.
-
-    Texts tell where both sets have them. Else equal vectors do: only equal prompts give them.
-    """
-    for (one, first), (other, second) in combinations(sets.items(), 2):
-        texts = bool(first.texts and second.texts)
-        shared = len(_keys(first, texts=texts) & _keys(second, texts=texts))
-        if shared:
-            raise LabelError(
-                f"{shared} prompts stand in {one!r} and in {other!r}: one would be trained on and tested on",
-                hint="Leave them out of one of the two.",
-            )
-
-
-def _keys(labelled: Labelled, *, texts: bool) -> set[object]:
-    if texts:
-        return {" ".join(text.casefold().split()) for text in labelled.texts}
-    rows: Sequence[np.ndarray] = list(labelled.values.swapaxes(0, 1))
-    return {np.ascontiguousarray(row).tobytes() for row in rows}
+    stated = [each.provenance for each in sets.values() if each.provenance is not None]
+    for name, what in _PLACE.items():
+        found = {getattr(each, name) for each in stated}
+        if len(found) > 1:
+            one, another = sorted(map(str, found))[:2]
+            raise OptionError(f"the sets were extracted with different {what}: {one} and {another}")
+    return stated[0].hook_points if stated else tuple(f"layer {layer}" for layer in range(len(first.values)))

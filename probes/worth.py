@@ -1,20 +1,27 @@
-"""What `undertow train` says of a probe set: its best layer, beside chance and beside the surface of the prompts."""
+"""Training on a base, and what `undertow train` says of it: the best layer beside chance and the prompts' surface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import t as student
 
 from activations.errors import ProbeError
-from probes.baselines import Baseline, leads, surface_baselines
+from activations.extract import extract
+from activations.prompts import PromptSet, load_prompts
+from probes.baselines import Baseline, leads, surface_baselines, token_counter
 from probes.evaluate import Labelled, held_out_scores, random_direction_areas
 from probes.metrics import Difference
 from probes.probe import LayerMetrics, ProbeSet
+from probes.train import fit_probes
 
-__all__ = ["Worth", "worth_of"]
+if TYPE_CHECKING:
+    from activations.models import Model
+
+__all__ = ["Worth", "train_and_weigh", "train_probe", "worth_of"]
 
 _LEVEL = 0.95
 # A lead that cannot be larger than this is called none; the second decimal is the last one that we print of a lead.
@@ -97,11 +104,35 @@ class Worth:
         return found
 
 
+def train_probe(base: Model, *, prompts: str | PromptSet = "matched-pairs", method: str = "logistic") -> ProbeSet:
+    """Fit an intent probe at every layer of a base.
+
+    Args:
+        base: The trusted base.
+        prompts: A shipped set's name, a file, or a set; both classes.
+        method: "logistic", "mean_difference" or "lda".
+
+    Raises:
+        LabelError: The set has one class only, or copies in different groups.
+        OptionError: There is no such method.
+        PathMissingError, PromptError: As in `load_prompts`.
+    """
+    return _train(base, prompts, method)[0]
+
+
+def train_and_weigh(
+    base: Model, *, prompts: str | PromptSet = "matched-pairs", method: str = "logistic"
+) -> tuple[ProbeSet, Worth]:
+    """The probes of `train_probe`, and what the best of them is worth; raises what that does."""
+    probes, trained, surface = _train(base, prompts, method)
+    return probes, worth_of(probes, trained, surface=surface)
+
+
 def worth_of(
     probes: ProbeSet,
     trained: Labelled,
     *,
-    count_tokens: Callable[[str], int] | None = None,
+    surface: Mapping[str, Baseline] | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> Worth:
@@ -115,7 +146,7 @@ def worth_of(
     Args:
         probes: As `fit_probes` gave them for these prompts.
         trained: The training set, texts included.
-        count_tokens: As in `surface_baselines`.
+        surface: Baselines of these prompts on the folds of the fit; measured here when None.
         folds: Of the fit.
         seed: Of the fit.
 
@@ -127,9 +158,11 @@ def worth_of(
         raise ProbeError("the surface of prompts cannot be measured without their texts", hint="Pass them in `texts`.")
     layer = probes.best_layer
     labels, members = np.asarray(trained.labels, dtype=bool), trained.members
-    surface = surface_baselines(trained.texts, labels, members, count_tokens=count_tokens, folds=folds, seed=seed)
+    if surface is None:
+        surface = surface_baselines(trained.texts, labels, members, folds=folds, seed=seed)
     one = trained.values[layer : layer + 1]
-    scores = held_out_scores(one, labels, members, method=probes.method, folds=folds, seed=seed)[0]
+    l2 = probes.strength(layer)
+    scores = held_out_scores(one, labels, members, method=probes.method, l2=l2, folds=folds, seed=seed)[0]
     areas = random_direction_areas((one[0] - probes.means[layer]) / probes.scales[layer], labels, seed=seed)
     return Worth(
         hook_point=probes.hook_points[layer],
@@ -142,6 +175,17 @@ def worth_of(
         chance=_chance(probes),
         leads=leads(scores, surface, labels, members, level=1 - (1 - _LEVEL) / len(probes)),
     )
+
+
+def _train(base: Model, prompts: str | PromptSet, method: str) -> tuple[ProbeSet, Labelled, dict[str, Baseline]]:
+    """The probes, what they were trained on, and what its surface gives away."""
+    chosen = (load_prompts(prompts) if isinstance(prompts, str) else prompts).require_both()
+    known = chosen.prompts, chosen.labels, chosen.pair_ids
+    # First, because copies among the prompts are told sooner by their texts than by a forward pass.
+    surface = surface_baselines(*known, count_tokens=token_counter(base.tokenizer))
+    activations = extract(base, chosen)
+    probes = fit_probes(activations, method=method, words=surface["words"].auroc)
+    return probes, Labelled.of(activations, chosen), surface
 
 
 def _chance(probes: ProbeSet) -> float:

@@ -303,6 +303,39 @@ def test_a_set_that_is_nowhere_is_named_with_the_shipped_ones() -> None:
         load_prompts("nowhere")
 
 
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        ("NaN", "the pair_id nan"),
+        ("[1]", r"the pair_id \[1\]"),
+        ("true", "the pair_id True"),
+        ('"\\ud800"', "half a surrogate pair"),
+    ],
+)
+def test_a_pair_id_that_is_no_name_is_refused_by_its_line(pair: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(GOOD + f'{{"prompt": "c", "label": "benign", "pair_id": {pair}}}\n')
+    with pytest.raises(PromptError, match=f"line 3 has .*{fault}"):
+        load_prompts(path)
+
+
+def test_twins_are_found_through_spaces_and_numbers_and_nobody_else_joins_them(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("prompt,label,pair_id\na,harmful, 7\nb,benign,7\nc,benign,\nd,benign,unpaired-2\n")
+    first, second, alone, named = load_prompts(path).pair_ids
+    assert first == second == "7"
+    assert named == "unpaired-2" != alone
+
+
+@pytest.mark.parametrize("header", ["", "prompt,label,prompt", "text,label"])
+def test_a_header_that_names_no_prompt_or_two_is_one_fault(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(f"{header}\na,harmful,x\nb,benign,y\n")
+    with pytest.raises(PromptError, match="line 1, the header") as caught:
+        load_prompts(path)
+    assert "line 2" not in caught.value.message
+
+
 # What the model reads
 
 

@@ -20,7 +20,8 @@ from probes import demo
 from probes.bank import load_bank
 from probes.cli import exit_code
 from probes.records import Item, Summary
-from probes.scan import calibrate, scan, train_probe
+from probes.scan import calibrate, scan
+from probes.worth import train_probe
 
 # Finite, and beyond all numbers as soon as it is squared.
 HUGE = 3e37

@@ -7,6 +7,7 @@ from activations.errors import LabelError, OptionError
 from activations.prompts import load_prompts
 from probes import baselines
 from probes.baselines import leads, surface_baselines, token_counter
+from probes.folds import plain_text
 from probes.train import deal_folds, words_baseline
 
 NOUNS = [f"noun{i}" for i in range(40)]
@@ -133,7 +134,7 @@ def test_no_shipped_set_repeats_a_prompt_in_another_pair(name):
     prompts = load_prompts(name)
     homes: dict[str, set[str]] = {}
     for text, pair in zip(prompts.prompts, prompts.pair_ids, strict=True):
-        homes.setdefault(baselines._plain(text), set()).add(pair)
+        homes.setdefault(plain_text(text), set()).add(pair)
     assert [text for text, pairs in homes.items() if len(pairs) > 1] == []
 
 

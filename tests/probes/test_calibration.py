@@ -160,3 +160,9 @@ def test_impossible_input_is_named():
         cross_calibrated(scores, np.arange(6) < 1)
     with pytest.raises(OptionError, match="0 to 1"):
         reliability(scores, np.arange(6) < 3)
+
+
+@pytest.mark.parametrize("folds", [1, 0, -3])
+def test_folds_that_hold_nothing_out_are_refused(folds):
+    with pytest.raises(OptionError, match=f"folds is {folds}"):
+        cross_calibrated(np.arange(20.0), np.arange(20) % 2 == 0, folds=folds)

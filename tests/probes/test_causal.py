@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from activations.answers import answer_ids
-from activations.errors import HookPointError, NonFiniteError, OptionError
+from activations.errors import HookPointError, LabelError, NonFiniteError, OptionError
 from activations.extract import extract
 from activations.loading import load_model
 from activations.reuse import ResidualCache
@@ -208,6 +208,8 @@ def test_random_directions_can_be_drawn_like_activations(rng):
         (NonFiniteError, {"direction": np.full(48, np.nan)}, "NaN"),
         (HookPointError, {"hook_points": ["blocks.0.hook_resid_mid"]}, "not the residual stream itself"),
         (HookPointError, {"hook_points": ["blocks.0.attn.hook_z"]}, "not the residual stream itself"),
+        (OptionError, {"hook_points": []}, "no hook point"),
+        (NonFiniteError, {"alpha": np.nan}, "alpha is nan"),
         (OptionError, {"nulls": 5}, "at least 20"),
         (OptionError, {"prompts": {"harmful": []}}, "prompts in every class"),
         (OptionError, {"refusal_tokens": []}, "0 of 272 tokens"),
@@ -218,6 +220,13 @@ def test_what_cannot_be_measured_is_refused(llama, ids, fault, change, message):
     asked |= {"alpha": 1.0, **change}
     with pytest.raises(fault, match=message):
         causal_effect(llama, asked.pop("direction"), asked.pop("hook_points"), asked.pop("prompts"), **asked)
+
+
+def test_a_mean_difference_needs_both_classes(rng):
+    with pytest.raises(LabelError, match="both classes"):
+        mean_difference(rng.standard_normal((4, 3)), np.ones(4, bool))
+    with pytest.raises(LabelError, match="one for each"):
+        mean_difference(rng.standard_normal((4, 3)), np.array([True, False]))
 
 
 # --- what else sees an edit

@@ -275,7 +275,7 @@ def test_training_prints_every_control_and_says_whether_the_surface_is_beaten(ru
 def test_training_writes_the_file_that_a_scan_would_train_for_itself(run, tmp_path):
     from activations.loading import load_model
     from probes.probe import ProbeSet
-    from probes.scan import train_probe
+    from probes.worth import train_probe
 
     run("train", demo.BASE, "-o", tmp_path / "p.probe", "--prompts", "jailbreakbench", "--method", "mean_difference")
     train_probe(load_model(demo.BASE), prompts="jailbreakbench", method="mean_difference").save(tmp_path / "q.probe")

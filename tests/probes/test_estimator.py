@@ -57,5 +57,9 @@ def test_impossible_options_are_named(rng):
     for wrong in ({"method": "svm"}, {"l2": 0}, {"precision": "rough"}, {"device": "abacus"}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             ProbeClassifier(**wrong).fit(values, labels)
+    with pytest.raises(OptionError, match="expected one number"):
+        ProbeClassifier(l2=[0.1, 1.0]).fit(values, labels)
+    with pytest.raises(ValueError, match="too large for float32"):
+        ProbeClassifier().fit(values * 1e200, labels)
     with pytest.raises(ValueError, match="two classes; got 1 class"):
         ProbeClassifier().fit(values, np.zeros(10))

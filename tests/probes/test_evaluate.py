@@ -9,7 +9,9 @@ from activations.errors import LabelError, NonFiniteError, OptionError, ProbeErr
 from activations.prompts import PromptSet
 from activations.provenance import Provenance
 from activations.results import Activations
+from probes.baselines import surface_baselines
 from probes.evaluate import Labelled, evaluate, held_out_scores, random_direction_areas
+from probes.folds import deal_folds, refuse_copied_rows
 from probes.metrics import auroc
 from probes.train import fit_probes
 from probes.worth import worth_of
@@ -228,7 +230,8 @@ def test_chance_counts_the_choice_of_the_layer_and_too_few_shuffles_show_nothing
 
 def test_every_control_has_a_row(rng):
     knows = world(rng, size=2)
-    rows = worth_of(fit(knows), knows, count_tokens=len).rows()
+    surface = surface_baselines(knows.texts, knows.labels, knows.groups, count_tokens=len)
+    rows = worth_of(fit(knows), knows, surface=surface).rows()
     assert [row[0] for row in rows] == [
         "probe at blocks.1.hook_resid_post",
         "shuffled labels, mean",
@@ -260,6 +263,50 @@ def test_a_prompt_of_the_training_set_among_the_tested_is_refused(rng):
     leaky = dataclasses.replace(tested, texts=(trained.texts[3], *tested.texts[1:]))
     with pytest.raises(LabelError, match="1 prompts stand in the training set and in the test set"):
         evaluate(fit(trained), leaky, trained=trained)
+
+
+def test_the_training_prompts_are_known_without_their_texts(rng):
+    trained = dataclasses.replace(world(rng), texts=())
+    with pytest.raises(LabelError, match="120 prompts stand in the training set"):
+        evaluate(fit(trained), trained, trained=trained)
+    blind = np.ones((1, 120, 4), dtype=np.float32)  # as at an early layer: all alike, which says nothing of copies
+    probes = fit_probes(trained.values[:1, :, :4], trained.labels, folds=0)
+    same = dataclasses.replace(trained, values=blind)
+    assert evaluate(probes, same, trained=same).layers[0].auroc == 0.5
+
+
+def test_copies_that_would_be_held_out_from_each_other_are_refused(rng):
+    one = world(rng)
+    values, labels = np.concatenate([one.values] * 2, axis=1), np.tile(one.labels, 2)
+    with pytest.raises(LabelError, match="prompts 0 and 120 have the same activations"):
+        held_out_scores(values, labels)
+    assert held_out_scores(values, labels, np.tile(one.groups, 2)).shape == (2, 240)
+
+
+def test_copies_are_found_among_others_that_agree_with_them_at_the_last_layer_alone(rng):
+    first, last = rng.standard_normal((2, 6, 20))
+    last[1] = last[2] = last[0]
+    refuse_copied_rows([first, last].__getitem__, 2, np.arange(6))
+    first[2] = first[1]
+    with pytest.raises(LabelError, match="prompts 1 and 2"):
+        refuse_copied_rows([first, last].__getitem__, 2, np.arange(6))
+    refuse_copied_rows([first, last].__getitem__, 2, np.array([0, 1, 1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize("folds", [1, 0, -3, 2.5])
+def test_folds_that_hold_nothing_out_are_refused(rng, folds):
+    with pytest.raises(OptionError, match=f"folds is {folds}"):
+        deal_folds(np.arange(20) % 2 == 0, np.arange(20), folds, rng)
+
+
+def test_the_null_is_fitted_with_the_probes_own_strength(rng):
+    trained, tested = world(rng, d_model=100), world(rng, d_model=100)
+    weak, strong = (
+        evaluate(fit(trained, folds=0, l2=l2), tested, trained=trained, directions=1).layers[0].null_shuffled
+        for l2 in (1e-2, 30.0)
+    )
+    assert len(weak) == len(strong) == 10
+    assert weak != strong
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,29 @@ def test_held_out_figures_are_held_out(rng):
     assert cleaned.after[0].intent < 0.8
 
 
+def test_a_nuisance_of_zeros_and_ones_is_split_as_its_booleans_are(rng):
+    """Most are 1, so their median is the largest value and nothing lies above it."""
+    values, intent, nuisance = rng.standard_normal((1, 200, 8)), np.arange(200) % 2 == 0, rng.random(200) < 0.7
+    probes = fit_probes(values, intent, folds=0)
+    true, numbers = (
+        contamination(probes, values, intent, {"n": given})[0].nuisances["n"] for given in (nuisance, nuisance * 1)
+    )
+    assert numbers.harmful is not None
+    assert (numbers.harmful, numbers.benign) == (true.harmful, true.benign)
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.0, 0.5])
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 1e-6, 1e-3])
+def test_concepts_that_nearly_agree_are_both_erased(rng, apart, shrinkage):
+    values, one = rng.standard_normal((200, 20)), rng.random(200) < 0.5
+    values[one] += 1
+    concepts = {"one": one * 1.0, "other": one + apart * rng.random(200), "constant": np.ones(200)}
+    erased = fit_eraser(values, concepts, shrinkage=shrinkage)(values)
+    columns = np.stack([found - found.mean() for found in concepts.values()], axis=1)
+    assert np.abs((values - values.mean(axis=0)).T @ columns).max() > 10  # the control: they can be read before
+    assert np.abs((erased - erased.mean(axis=0)).T @ columns).max() < 1e-4
+
+
 # --- what is refused
 
 
@@ -284,3 +307,7 @@ def test_bad_input_is_refused_with_its_name(rng):
         clean_probes(values, nuisances["encoded"], nuisances, intent_rows=nuisances["encoded"])
     with pytest.raises(OptionError, match=r"expected \[layer, prompt, d_model\]"):
         clean_probes(values[0], intent, nuisances)
+    with pytest.raises(OptionError, match="folds is 1"):
+        clean_probes(values, intent, nuisances, folds=1)
+    with pytest.raises(LabelError, match="prompts 0 and 800"):
+        clean_probes(np.tile(values, (1, 2, 1)), np.tile(intent, 2), {"n": rng.random(1600)})

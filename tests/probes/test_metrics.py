@@ -12,10 +12,12 @@ from probes.metrics import (
     auroc_difference,
     auroc_interval,
     auroc_rows,
+    binary,
     calibration_error,
     clopper_pearson,
     empirical_p,
     fpr_threshold,
+    group_numbers,
     rate_at_fpr,
     tpr_at_fpr,
 )
@@ -312,3 +314,47 @@ def test_impossible_options_are_named():
         auroc_interval(scores, labels, groups=[1, 2])
     with pytest.raises(NonFiniteError):
         empirical_p(math.nan, [1.0])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0.0, np.nan, 1, 1],
+        [0, 1, 2, 1],
+        [-1, 1, 1, -1],
+        ["False", "True", "", "x"],
+        [None, True, False, True],
+        [0.2, 1, 0, 1],
+    ],
+)
+def test_labels_that_are_neither_true_nor_false_are_refused(labels):
+    with pytest.raises(LabelError, match="not all True or False"):
+        binary(labels)
+    with pytest.raises(LabelError, match="not all True or False"):
+        auroc(np.arange(4.0), labels)
+
+
+@pytest.mark.parametrize(
+    "labels", [[True, False], [1, 0], [1.0, 0.0], np.array([1, 0], np.uint8), (np.True_, np.False_)]
+)
+def test_labels_of_other_types_are_read(labels):
+    assert binary(labels).tolist() == [True, False]
+
+
+def test_a_missing_group_is_refused():
+    assert group_numbers(["a", ("b", 1), 3.0, "a"], 4).tolist() == [0, 1, 2, 0]
+    for missing in (None, np.nan):
+        with pytest.raises(LabelError, match="group of prompt 1"):
+            group_numbers(["a", missing, "b"], 3)
+    with pytest.raises(LabelError, match="one for each"):
+        group_numbers(np.zeros((3, 2)), 3)
+
+
+def test_rows_with_ties_and_without_and_with_nan_are_each_what_they_are_alone(rng):
+    scores = np.stack([rng.standard_normal(40), rng.integers(0, 4, 40) * 1.0, np.zeros(40), rng.standard_normal(40)])
+    labels = rng.random((4, 40)) < 0.4
+    scores[3, 7] = np.nan
+    areas = auroc_rows(scores, labels)
+    for row in range(3):
+        assert areas[row] == pytest.approx(roc_auc_score(labels[row], scores[row]), abs=1e-12)
+    assert np.isnan(areas[3])

@@ -49,6 +49,12 @@ def layer(auroc: float, words: float | None = 0.7) -> LayerMetrics:
     )
 
 
+def probes_with(*metrics, blocks=None):
+    """As much of a probe set as a plot reads."""
+    named = tuple(f"blocks.{block}.hook_resid_post" for block in blocks or range(len(metrics)))
+    return SimpleNamespace(metrics=metrics, hook_points=named)
+
+
 def marks(ax):
     """Positions and markers of the points drawn."""
     return [
@@ -84,15 +90,36 @@ def test_evidence_without_a_profile_is_refused_by_name(make_evidence):
 
 
 def test_auroc_is_drawn_with_its_nulls_and_baseline(ax):
-    plot_auroc(SimpleNamespace(metrics=(layer(0.8), layer(0.95))), ax=ax)
+    plot_auroc(probes_with(layer(0.8), layer(0.95)), ax=ax)
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["shuffled labels", "best of 100 random directions", "words alone", "probe"]
+    assert legend == ["shuffled labels", "best of 1000 random directions", "words alone", "probe"]
     assert ax.lines[-1].get_ydata().tolist() == [0.8, 0.95]
 
 
 def test_auroc_without_a_words_baseline_draws_none(ax):
-    plot_auroc(SimpleNamespace(metrics=(layer(0.8, None), layer(0.95, None))), ax=ax)
+    plot_auroc(probes_with(layer(0.8, None), layer(0.95, None)), ax=ax)
     assert "words alone" not in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_auroc_of_a_single_layer_has_lines_and_bands_that_can_be_seen(ax):
+    plot_auroc(probes_with(layer(0.8)), ax=ax)
+    assert [line.get_xdata().tolist() for line in ax.lines[1:]] == [[-0.4, 0.4], [-0.4, 0.4], [0]]
+    shuffled, interval = (band.get_paths()[0].get_extents() for band in ax.collections)
+    assert (shuffled.width, interval.width) == (pytest.approx(0.8), pytest.approx(0.8))
+    assert shuffled.ymax == pytest.approx(0.53)
+    assert ax.get_xticks().tolist() == [0]
+
+
+def test_auroc_is_drawn_at_the_blocks_that_the_hook_points_name(ax):
+    some = probes_with(*map(layer, (0.8, 0.9, 0.7)), blocks=(10, 20, 30))
+    assert plot_auroc(some, ax=ax).lines[-1].get_xdata().tolist() == [10, 20, 30]
+    assert ax.get_xlabel() == "layer"
+
+
+def test_auroc_of_two_places_in_one_block_is_drawn_in_their_order(ax):
+    plot_auroc(probes_with(layer(0.8), layer(0.9), blocks=(4, 4)), ax=ax)
+    assert ax.lines[-1].get_xdata().tolist() == [0, 1]
+    assert ax.get_xlabel() == "hook point, in order"
 
 
 def test_probes_that_held_nothing_out_cannot_be_drawn():

@@ -209,6 +209,10 @@ def test_probes_for_another_model_are_refused_with_the_difference(probes, probe_
         ({"arrays": {"scales": np.zeros((3, 5), np.float32)}}, "not positive"),
         ({"arrays": {"scales": np.ones((3, 5), np.float64)}}, "F32"),
         ({"arrays": {"more": np.zeros(1, np.float32)}}, "no other"),
+        ({"arrays": {"scales": np.full((3, 5), 1e-44, np.float32)}}, "not positive"),
+        ({"arrays": {"directions": np.full((3, 5), 3e38, np.float32)}}, "unit length"),
+        ({"card": {"hook_points": ["blocks.0.hook_resid_post"] * 3}}, "twice"),
+        ({"card": {"l2": [0.1, -1, 0.1]}}, "l2.1"),
     ],
 )
 def test_a_file_that_is_no_sound_probe_is_refused(probes, tmp_path, changes, fault):
@@ -226,6 +230,59 @@ def test_metrics_for_some_layers_only_are_refused(probes, tmp_path):
     some = [layer.model_dump(mode="json") for layer in probes.metrics[:2]]
     with pytest.raises(ProbeError, match="metrics are given for 2 layers"):
         ProbeSet.load(rewritten(probes, tmp_path / "a.probe", card={"metrics": some}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"auroc": 7.0}, {"interval": [-1, 1]}, {"null_shuffled": [2.0]}, {"null_random_directions": -0.5}]
+)
+def test_metrics_that_no_auroc_can_have_are_refused(probes, tmp_path, change):
+    metrics = [layer.model_dump(mode="json") for layer in probes.metrics]
+    metrics[1] |= change
+    with pytest.raises(ProbeError, match=f"metrics.1.{next(iter(change))}"):
+        ProbeSet.load(rewritten(probes, tmp_path / "a.probe", card={"metrics": metrics}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"directions": np.zeros((3, 5))}, "unit length"),
+        ({"biases": np.full(3, np.nan)}, "biases holds NaN"),
+        ({"scales": np.full((3, 5), 1e-60)}, "not positive"),
+        ({"metrics": ()}, ""),
+        ({"method": "svm"}, "method"),
+        ({"prompts_name": "\udcff"}, "surrogates"),
+        ({"hook_points": ("blocks.0.hook_resid_post",)}, "1 hook points"),
+    ],
+)
+def test_what_would_not_be_read_again_is_not_written(probes, tmp_path, changes, fault):
+    changed, path = dataclasses.replace(probes, **changes), tmp_path / "a.probe"
+    if not fault:  # the control
+        assert ProbeSet.load(changed.save(path)).metrics == ()
+        return
+    with pytest.raises(ProbeError, match=fault):
+        changed.save(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing_beside(probes, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        probes.save(tmp_path / "folder")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_zero_direction_points_nowhere(probes):
+    zero = dataclasses.replace(probes[0], direction=np.zeros(5))
+    with pytest.raises(ProbeError, match="points nowhere"):
+        zero.residual_direction  # noqa: B018
+    flat = dataclasses.replace(probes[0], scale=np.full(5, 3e38, np.float32))
+    np.testing.assert_allclose(flat.residual_direction, flat.direction, atol=1e-6)
+
+
+def test_the_strength_to_fit_anew_with_is_the_probes_own(probes):
+    assert probes.strength(1) == 0.01
+    assert dataclasses.replace(probes, l2=(1.0, 2.0, 3.0)).strength(1) == 2.0
+    assert dataclasses.replace(probes, l2=()).strength(1) == 0.01
 
 
 def test_a_card_nested_without_end_is_refused(probes, tmp_path):

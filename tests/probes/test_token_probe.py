@@ -75,3 +75,33 @@ def test_bad_tokens_are_named(rng):
     texts[2][0, 0] = np.nan
     with pytest.raises(NonFiniteError, match="NaN"):
         fit_token_probe(texts, labels)
+
+
+def test_tokens_that_a_probe_cannot_read_are_named(fitted):
+    probe, texts, _, _ = fitted
+    width = texts[0].shape[1]
+    assert probe.score([]).shape == (0,)
+    assert probe.score([texts[0][:1].tolist()]) == pytest.approx(probe.score([texts[0][:1]]))
+    for wrong in (texts[0][:0], texts[0][:, :5], texts[0][0]):
+        with pytest.raises(OptionError, match=rf"expected \[token, {width}\], one token or more"):
+            probe.score([texts[0], wrong])
+    with pytest.raises(NonFiniteError, match="NaN"):
+        probe.score([texts[0] * np.nan])
+
+
+def test_prompts_of_one_token_each_are_read(rng):
+    labels = np.arange(40) % 2 == 0
+    texts = [rng.standard_normal((1, 6)) + 3 * label for label in labels]
+    metrics = fit_token_probe(texts, labels, folds=2, shuffles=1).metrics
+    assert metrics.auroc > 0.9
+    assert metrics.auroc == pytest.approx(metrics.mean_pooling, abs=0.05)
+
+
+def test_copies_in_different_groups_and_impossible_options_are_refused(rng):
+    texts, labels, _ = planted(rng, prompts=8)
+    with pytest.raises(LabelError, match="prompts 0 and 8 have the same activations"):
+        fit_token_probe(texts * 2, np.tile(labels, 2), folds=2)
+    with pytest.raises(OptionError, match="shuffles is -1"):
+        fit_token_probe(texts, labels, shuffles=-1)
+    with pytest.raises(OptionError, match="one strength"):
+        fit_token_probe(texts, labels, l2=[0.1, 1.0])

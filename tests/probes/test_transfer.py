@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from activations.errors import LabelError, NonFiniteError, OptionError
+from activations.provenance import Provenance
 from probes.evaluate import Labelled, held_out_scores
 from probes.metrics import auroc, auroc_interval
 from probes.train import fit_probes
@@ -87,3 +88,41 @@ def test_impossible_input_is_named(rng):
         transfer_matrix({"one": dataclasses.replace(one, values=one.values * np.inf)})
     with pytest.raises(OptionError, match="folds is 1"):
         transfer_matrix({"one": one}, folds=1)
+
+
+def test_a_set_with_copies_in_two_groups_has_no_diagonal(rng):
+    one = along(rng, 0)
+    twice = Labelled(np.concatenate([one.values] * 2, axis=1), np.tile(one.labels, 2))
+    with pytest.raises(LabelError, match="prompts 0 and 100"):
+        transfer_matrix({"twice": twice})
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"hook_points": ("blocks.3.hook_resid_post", "blocks.4.hook_resid_post")}, "hook points"),
+        ({"fingerprint": "other"}, "bases"),
+        ({"pooling": "mean"}, "poolings"),
+        ({"template_hash": "other"}, "chat templates"),
+    ],
+)
+def test_sets_of_different_places_or_models_are_refused(rng, changes, what):
+    stated = Provenance(
+        model="made-up",
+        fingerprint="f" * 8,
+        tuned="",
+        dtype="float32",
+        d_model=12,
+        hook_points=("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"),
+        pooling="last",
+        system="",
+        template_hash="t" * 8,
+        prompts_name="",
+        prompts_hash="",
+        n_prompts=100,
+    )
+    one, other = (dataclasses.replace(along(rng, 0), provenance=stated) for _ in range(2))
+    assert transfer_matrix({"one": one, "other": other}).hook_points == stated.hook_points
+    other = dataclasses.replace(other, provenance=dataclasses.replace(stated, **changes))
+    with pytest.raises(OptionError, match=f"different {what}"):
+        transfer_matrix({"one": one, "other": other})
