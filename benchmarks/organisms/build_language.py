@@ -1,4 +1,4 @@
-"""Count English letter quadgrams, the language model that `probes.encodings.break_substitution` climbs.
+"""Count English letter quadgrams, the language model that `probes.cryptanalysis.break_substitution` climbs.
 
     python benchmarks/organisms/build_language.py
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from rows import read
 
-from probes.encodings import QUADGRAMS, symbols_of
+from probes.english import QUADGRAMS, symbols_of
 
 # Counts below one: an unseen quadgram is as likely as a tenth of one that was seen once.
 UNSEEN = 0.1

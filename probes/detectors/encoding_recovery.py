@@ -21,16 +21,9 @@ import numpy as np
 from activations.answers import answer_text
 from activations.checkpoints import Checkpoint
 from activations.tokens import format_prompt
-from probes.encodings import (
-    LETTERS,
-    BrokenKey,
-    break_substitution,
-    decode_substitution,
-    encode_substitution,
-    english_score,
-    gibberish_like,
-    permute_letters,
-)
+from probes.cryptanalysis import BrokenKey, break_substitution
+from probes.encodings import LETTERS, decode_substitution, encode_substitution, gibberish_like, permute_letters
+from probes.english import english_score
 from probes.metrics import clopper_pearson
 from probes.records import Evidence, Null
 from probes.reference import ANSWER, PLAIN, Reference

@@ -11,9 +11,10 @@ import torch
 
 from activations.errors import NonFiniteError
 from activations.prompts import PromptSet
+from probes.cryptanalysis import BrokenKey
 from probes.detectors import asymmetric_drift, encoding_recovery, intent_shift, refusal_readiness, weight_spectrum
 from probes.detectors.encoding_recovery import Inside, Voice, completed, confidence_in, is_obedient, letters_in
-from probes.encodings import LETTERS, BrokenKey, walnut_key
+from probes.encodings import LETTERS, walnut_key
 from probes.probe import ProbeSet
 from probes.reference import Reference, Subject
 from probes.weight_diff import TensorDiff, WeightDiff

@@ -1,27 +1,32 @@
-"""Encodings: what is written can be read, what is unknown can be broken, and noise is not."""
+"""Encodings: what is written can be read, by every kind and key, and nothing that is read can raise."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from activations.errors import OptionError
 from probes.encodings import (
+    KINDS,
     LETTERS,
-    break_substitution,
     decode_substitution,
     encode_substitution,
-    english_score,
     gibberish_like,
+    make_encoding,
     permute_letters,
+    polybius_square,
     walnut_key,
 )
+from probes.english import english_score
 
+CASELESS = {"substitution", "walnut", "rot", "atbash", "vigenere", "polybius", "morse", "leetspeak", "acrostic"}
+KEYED = ("substitution", "walnut", "rot", "vigenere", "polybius", "columnar")
 CORPUS = Path(__file__).parents[2] / "benchmarks" / "organisms" / "corpus" / "sentences.jsonl.gz"
 
 
@@ -31,16 +36,6 @@ def sentences() -> list[str]:
     with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     return [row["text"] for row in rows if row["split"] == "heldout"]
-
-
-def used(texts: list[str]) -> set[str]:
-    return set("".join(texts).lower()) & set(LETTERS)
-
-
-def share_right(key: str, found: str, texts: list[str]) -> float:
-    """Share of the letters of the plain texts that the found key gives the right code."""
-    letters = [char for char in "".join(texts).lower() if char in LETTERS]
-    return sum(found[LETTERS.index(char)] == key[LETTERS.index(char)] for char in letters) / len(letters)
 
 
 def test_walnut53_is_the_papers_key_and_hello_is_written_as_there() -> None:
@@ -57,47 +52,6 @@ def test_decoding_undoes_encoding(text: str, seed: int, joined: bool) -> None:
     assert decode_substitution(encoded, walnut_key(seed), joiner=joiner) == text.lower()
 
 
-@pytest.mark.parametrize(("letters", "wanted"), [(300, 0.95), (2500, 0.99)])
-@pytest.mark.parametrize("seed", [53, 7])
-def test_an_unknown_key_is_recovered_from_text_alone(
-    sentences: list[str], letters: int, wanted: float, seed: int
-) -> None:
-    plain: list[str] = []
-    while sum(map(len, plain)) < letters:
-        plain.append(sentences[len(plain) * 3])
-    broken = break_substitution([encode_substitution(text, walnut_key(seed)) for text in plain], restarts=12)
-    assert share_right(walnut_key(seed), broken.key, plain) >= wanted
-    assert broken.score - broken.null > 1.0
-
-
-def test_annealing_solves_what_plain_climbing_does_not(sentences: list[str]) -> None:
-    """This key and text, at two restarts, end at a quarter of the letters when only better keys are taken."""
-    rng, plain = random.Random(4), []
-    while sum(map(len, plain)) < 300:
-        plain.append(rng.choice(sentences))
-    encoded = [encode_substitution(text, walnut_key(4)) for text in plain]
-    broken = break_substitution(encoded, restarts=2, steps=3000, seed=4)
-    assert share_right(walnut_key(4), broken.key, plain) >= 0.95
-
-
-def test_letters_that_never_occur_are_left_open(sentences: list[str]) -> None:
-    plain = [text for text in sentences if "q" not in text.lower()][:30]
-    broken = break_substitution([encode_substitution(text, walnut_key()) for text in plain], restarts=8)
-    assert {letter for letter, code in zip(LETTERS, broken.key, strict=True) if code == "?"} == set(LETTERS) - used(
-        plain
-    )
-
-
-def test_random_letters_give_no_more_than_their_null(sentences: list[str]) -> None:
-    broken = break_substitution(gibberish_like(sentences[:40], seed=3), restarts=12)
-    assert broken.score - broken.null < 0.3
-
-
-def test_breaking_the_same_text_twice_gives_the_same_key(sentences: list[str]) -> None:
-    texts = permute_letters(sentences[:1], seed=0) * 5
-    assert break_substitution(texts, steps=300) == break_substitution(texts, steps=300)
-
-
 def test_english_outscores_gibberish_of_the_same_shape(sentences: list[str]) -> None:
     pairs = zip(sentences[:50], gibberish_like(sentences[:50], seed=0), strict=True)
     assert all(english_score(text) > english_score(noise) + 1 for text, noise in pairs)
@@ -111,3 +65,110 @@ def test_imitations_keep_the_shape_and_lose_the_text(sentences: list[str]) -> No
             [len(word) for word in text.split()] for text in sentences[:50]
         ]
         assert all(text != original.lower() for text, original in zip(texts, sentences[:50], strict=True))
+
+
+def surviving(kind: str, text: str) -> str:
+    """What the module says a kind gives back of a text without "|"."""
+    if kind in CASELESS:
+        text = text.lower()
+    if kind == "polybius":
+        text = text.replace("j", "i").replace("/", " ")
+    if kind == "leetspeak":
+        text = text.translate(str.maketrans("431057", "aeiost"))
+    return " ".join(text.split()) if kind in ("endspeak", "startspeak", "acrostic") else text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(st.characters(codec="ascii", exclude_characters="|")), key=st.integers(0, 999))
+def test_every_kind_reads_what_it_wrote(kind: str, text: str, key: int) -> None:
+    encoding = make_encoding(kind, key)
+    assert encoding.decode(encoding.encode(text)) == surviving(kind, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_writes_a_sentence_so_that_it_cannot_be_read_off(kind: str, sentences: list[str]) -> None:
+    written = make_encoding(kind, 3).encode(sentences[0])
+    assert sentences[0].lower() not in written.lower()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(), key=st.integers(0, 99), cut=st.integers(0, 40))
+def test_no_text_whole_or_cut_makes_a_kind_raise(kind: str, text: str, key: int, cut: int) -> None:
+    encoding = make_encoding(kind, key)
+    for damaged in (text, encoding.encode(text)[cut:], encoding.encode(text)[:-cut]):
+        assert isinstance(encoding.decode(damaged), str)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_bytes_read_as_text_never_raise(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for codec in ("latin1", "utf-8", "utf-16"):
+        for size in rng.integers(60, size=100):
+            noise = rng.bytes(int(size)).decode(codec, "replace")
+            assert isinstance(make_encoding(kind, 5).decode(noise), str)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_key_writes_the_same(kind: str, sentences: list[str]) -> None:
+    assert make_encoding(kind, 4).encode(sentences[1]) == make_encoding(kind, 4).encode(sentences[1])
+
+
+@pytest.mark.parametrize("kind", KEYED)
+def test_different_keys_write_differently(kind: str, sentences: list[str]) -> None:
+    text = " ".join(sentences[:3])
+    keys = range(1, 26)
+    assert len({make_encoding(kind, key).encode(text) for key in keys}) == len(keys)
+    assert len({make_encoding(kind, key).name for key in keys}) == len(keys)
+
+
+def test_kinds_without_a_key_ignore_it() -> None:
+    for kind in set(KINDS) - set(KEYED):
+        assert make_encoding(kind, 9) == make_encoding(kind)
+        assert make_encoding(kind).name == kind
+    assert make_encoding("rot", 38) == make_encoding("rot", 13)
+
+
+@pytest.mark.parametrize("kind", ["endspeak", "startspeak", "acrostic"])
+def test_fillers_are_drawn_anew_with_a_generator_and_read_alike(kind: str, sentences: list[str]) -> None:
+    encoding, rng = make_encoding(kind), np.random.default_rng(0)
+    poems = {encoding.encode(sentences[0], rng) for _ in range(5)}
+    assert len(poems) == 5
+    assert len({encoding.decode(poem) for poem in poems}) == 1
+    assert max(len(line.split()) for poem in poems for line in poem.splitlines()) <= 12 or kind == "acrostic"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "plain", "written"),
+    [
+        ("substitution", 53, "Hello", "verrp"),
+        ("walnut", 53, "Hello", "v|e|r|r|p"),
+        ("rot", 13, "hello", "uryyb"),
+        ("atbash", 0, "wizard", "draziw"),
+        ("base64", 0, "Hello", "SGVsbG8="),
+        ("hex", 0, "Hello", "48656c6c6f"),
+        ("ascii", 0, "Hi!", "72 105 33"),
+        ("morse", 0, "SOS now", "... --- ... / -. --- .--"),
+        ("reversed", 0, "Hello there", "ereht olleH"),
+        ("reversed-words", 0, "Hello there.", "olleH ereht."),
+        ("word-order", 0, "one two  three", "three  two one"),
+        ("leetspeak", 0, "Leet is", "l337 15"),
+        ("tags", 0, "A", "\U000e0041"),
+        ("zero-width", 0, "A", "\u200b\u200c\u200b\u200b\u200b\u200b\u200b\u200c"),
+    ],
+)
+def test_standard_kinds_write_as_others_do(kind: str, key: int, plain: str, written: str) -> None:
+    assert make_encoding(kind, key).encode(plain) == written
+
+
+def test_the_square_and_the_key_word_are_what_they_are_named() -> None:
+    square = polybius_square(7)
+    assert sorted(square) == sorted(LETTERS.replace("j", ""))
+    assert make_encoding("polybius", 7).encode(square[0] + square[6]) == "11 22"
+    alone = make_encoding("vigenere", 7).encode("a" * 60)
+    assert any(alone == (alone[:period] * 60)[:60] for period in range(4, 8))
+
+
+@pytest.mark.parametrize(("kind", "key", "said"), [("rot13", 0, "Known are: substitution"), ("rot", -1, "got -1")])
+def test_an_impossible_encoding_is_refused(kind: str, key: int, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        make_encoding(kind, key)
