@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 # At the end: benchmarks/probes.py must not hide the package of that name.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "organisms")]
