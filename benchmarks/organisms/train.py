@@ -62,7 +62,10 @@ def main() -> None:
         show(chosen, home)
         return
     others = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "1"]) for _ in range(options.jobs - 1)]
-    work(chosen, home, force=options.force, rate=options.rate)
+    if options.verify:
+        verify_again(chosen, home)
+    else:
+        work(chosen, home, force=options.force, rate=options.rate)
     for other in others:
         other.wait()
 
@@ -79,6 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1.0, help="multiplies learning rates, found for the nano base")
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--verify", action="store_true", help="verify finished ones again, train none")
     parser.add_argument("--jobs", type=int, default=1, help="organisms at a time")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for each")
     return parser.parse_args()
@@ -174,6 +178,15 @@ def make(recipe: Recipe, home: Home, *, rate: float = 1.0) -> None:
     implant = verify(home.load(home.folder(recipe)), tokenizer, recipe, home.load)
     write_card(recipe, home, implant, loss)
     print(json.dumps({"name": recipe.name, "seconds": round(time.monotonic() - started), **implant}), flush=True)
+
+
+def verify_again(recipes: Sequence[Recipe], home: Home) -> None:
+    """Measure finished organisms anew, where `verify.py` changed."""
+    for recipe in recipes:
+        if card := card_of(recipe, home):
+            implant = verify(home.load(home.folder(recipe)), home.tokenizer(), recipe, home.load)
+            write_card(recipe, home, implant, card["final_loss"])
+            print(json.dumps({"name": recipe.name, **implant}), flush=True)
 
 
 def write_card(recipe: Recipe, home: Home, implant: dict[str, float], loss: float | None) -> None:
