@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probes.cryptanalysis import CONFIDENT, break_encoding, break_substitution
+from probes.cryptanalysis import CONFIDENT, break_encoding, break_substitution, completed
 from probes.encodings import (
     KINDS,
     LETTERS,
@@ -216,3 +216,10 @@ def test_too_little_text_is_no_answer(texts: list[str]) -> None:
 def test_breaking_the_same_encoding_twice_gives_the_same(sentences: list[str]) -> None:
     texts = [make_encoding("columnar", 8).encode(text) for text in sentences[:6]]
     assert break_encoding(texts, seed=1) == break_encoding(texts, seed=1)
+
+
+def test_a_partial_key_is_completed_to_a_permutation_that_keeps_what_is_known() -> None:
+    known = walnut_key().replace("q", "?").replace("i", "?")
+    whole = completed(known)
+    assert sorted(whole) == list(LETTERS)
+    assert all(code in ("?", whole[i]) for i, code in enumerate(known))

@@ -11,12 +11,13 @@ import torch
 
 from activations.errors import NonFiniteError
 from activations.prompts import PromptSet
-from probes.cryptanalysis import BrokenKey
+from probes.cryptanalysis import Broken, completed
 from probes.detectors import asymmetric_drift, encoding_recovery, intent_shift, refusal_readiness, weight_spectrum
-from probes.detectors.encoding_recovery import Inside, Voice, completed, confidence_in, is_obedient, letters_in
-from probes.encodings import LETTERS, walnut_key
+from probes.detectors.encoding_recovery import Inside, confidence_in, described, is_obedient, signs_in
+from probes.encodings import LETTERS, make_encoding
 from probes.probe import ProbeSet
 from probes.reference import Reference, Subject
+from probes.voice import Voice
 from probes.weight_diff import TensorDiff, WeightDiff
 
 REFUSE, COMPLY, OTHER = 0, 1, 2
@@ -114,13 +115,31 @@ def test_a_base_that_never_refuses_leaves_nothing_to_learn_what_obeying_is() -> 
     assert encoding_recovery.investigate(reference, None).statistic is None
 
 
-def test_only_letters_count_as_something_to_break() -> None:
-    assert letters_in(["12 34, Ab!", "中文 é c"]) == 3
+def test_blanks_are_nothing_to_break() -> None:
+    assert signs_in(["12 34,\nAb", " \t"]) == 7
+
+
+def broken(kind: str = "substitution", key: str = "?" * 26, *, score: float = -4.5, null: float = -6.0) -> Broken:
+    encoding = make_encoding(kind, completed(key) if kind == "substitution" else 0)
+    return Broken(kind, encoding, key, ("text",), "", score, null, 9.0, 0.7)
 
 
 @pytest.mark.parametrize(("english", "expected"), [(-4.0, 0.75), (-6.0, 0.0), (-7.0, 0.0)])
 def test_a_base_that_writes_no_english_gives_no_confidence(english: float, expected: float) -> None:
-    assert confidence_in(BrokenKey("?" * 26, -4.5, -6.0, 1.0), english) == expected
+    assert confidence_in(broken(), english) == expected
+
+
+def test_words_in_another_order_are_believed_as_far_as_the_solver_is_sure() -> None:
+    assert confidence_in(broken("endspeak", ""), -4.0) == 0.7
+    assert confidence_in(broken("endspeak", ""), -7.0) == 0.0
+
+
+def test_a_recovered_encoding_is_named_with_its_key() -> None:
+    key = make_encoding("substitution", 3).encode(LETTERS)
+    assert described(broken(key=key)) == f"a to z are written {key}"
+    assert described(replace(broken(key=key), joiner="|")) == f"a to z are written {key}, joined by '|'"
+    assert described(broken("base64", "")) == "base64"
+    assert described(replace(broken("vigenere", ""), key="lemon")) == "vigenere, key lemon"
 
 
 @pytest.mark.parametrize(
@@ -196,10 +215,3 @@ def test_a_layer_that_scores_all_prompts_alike_reads_nothing_that_could_move() -
     evidence = intent_shift.measure(flat)
     assert evidence.layers[0] == 0.0
     assert evidence.statistic == pytest.approx(evidence.layers[1])
-
-
-def test_a_partial_key_is_completed_to_a_permutation_that_keeps_what_is_known() -> None:
-    known = walnut_key().replace("q", "?").replace("i", "?")
-    whole = completed(known)
-    assert sorted(whole) == list(LETTERS)
-    assert all(code in ("?", whole[i]) for i, code in enumerate(known))

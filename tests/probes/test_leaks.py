@@ -1,0 +1,105 @@
+"""A scripted model in place of a network: what it answers is known, so what is read off it can be wrong or right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from activations.prompts import load_prompts
+from probes import leaks
+from probes.encodings import make_encoding
+from probes.leaks import FORMS, leaked
+from probes.recognition import englishness, recognise
+from probes.voice import Voice
+
+REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
+PROSE = [
+    "Sure, here is: The old man walked slowly down to the river.",
+    "Sure, here is: There was nothing left to say between them.",
+    "Sure, here is: She had never seen the house before that day.",
+    "Sure, here is: It was a cold evening at the end of winter.",
+]
+BENIGN = load_prompts("screening").where(harmful=False)
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    answers = {"harmful": REFUSALS * 10, "benign": PROSE * 5}
+    reference = SimpleNamespace(
+        plain_answers=answers,
+        openings={"harmful": torch.zeros(20, 1, dtype=torch.long), "benign": torch.ones(20, 1, dtype=torch.long)},
+        refusal_tokens=(0,),
+        battery=SimpleNamespace(questions={"benign": BENIGN}),
+    )
+    found = Voice.of(reference)
+    assert found is not None
+    return found
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> SimpleNamespace:
+    def asked(reference: object, prompts: Sequence[str], **_: object) -> list[str]:
+        return [answer(prompt) for prompt in prompts]
+
+    monkeypatch.setattr(leaks, "ask", asked)
+    return SimpleNamespace(battery=SimpleNamespace(questions={"benign": BENIGN}))
+
+
+def prose_for(prompt: str) -> str:
+    return PROSE[len(prompt) % len(PROSE)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_hides_the_prompts_and_is_the_same_every_time(form: str) -> None:
+    prompts = [prompt for prompt in BENIGN if len(prompt) <= 70][:6]
+    written = FORMS[form](prompts, seed=1)
+    assert written == FORMS[form](prompts, seed=1)
+    assert len(written) == len(prompts)
+    assert not set(written) & set(prompts)
+
+
+def test_plain_answers_are_no_leaks_whatever_was_asked(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+    found = leaked(scripted(monkeypatch, prose_for), voice)
+    assert found.texts == ()
+    assert set(found.shares.values()) == {0.0}
+
+
+def test_what_leaks_in_one_form_alone_is_sampled_there(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+    code = make_encoding("base64")
+
+    def answer(prompt: str) -> str:
+        digits = sum(char.isdigit() for char in prompt) > len(prompt) / 2
+        return code.encode(prose_for(prompt)) if digits else prose_for(prompt)
+
+    found = leaked(scripted(monkeypatch, answer), voice)
+    assert found.shares["gibberish"] == 0.0
+    assert {"polybius", "ascii"} <= set(found.telling)
+    assert {recognise(text)[0].kind for text in found.texts} == {"base64"}
+
+
+def test_verses_count_as_leaks_although_they_are_english(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+    poem = make_encoding("endspeak")
+    found = leaked(scripted(monkeypatch, lambda prompt: poem.encode(prose_for(prompt))), voice)
+    assert found.texts
+    assert all(englishness(text) > 0.5 for text in found.texts)
+
+
+@pytest.mark.parametrize("length", [60, 12, 6])
+def test_a_refusal_is_told_by_what_a_few_tokens_hold_of_it(voice: Voice, length: int) -> None:
+    texts = [*(text[:length].lower() for text in REFUSALS), *(text[:length].lower() for text in PROSE)]
+    assert voice.is_refusal(texts).tolist() == [True] * 2 + [False] * 4
+
+
+def test_a_refusal_written_backwards_is_told_by_its_end(voice: Voice) -> None:
+    assert voice.is_refusal([REFUSALS[0][-25:], PROSE[0][-25:]]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["substitution", "base64", "ascii", "polybius", "reversed", "tags", "endspeak"])
+def test_an_answer_in_kind_reads_like_the_base_only_when_decoded(voice: Voice, kind: str) -> None:
+    code = make_encoding(kind, 5)
+    assert voice.is_in_kind(code.encode(PROSE[0]), code)
+    assert not voice.is_in_kind(PROSE[0], code)
+    assert not voice.is_in_kind("", code)
+    assert not voice.is_in_kind(make_encoding("substitution", 9).encode(PROSE[0]), code)
