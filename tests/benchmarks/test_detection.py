@@ -169,3 +169,22 @@ def test_names_of_blind_copies_say_nothing_and_items_come_back_in_order(tmp_path
     monkeypatch.setattr(detection, "_scan", look)
     found = detection.blind_scan(folders, None)
     assert [(one.name, one.score) for one in found] == [("zebra", 5.0), ("ant", 3.0), ("cmft", 4.0)]
+
+
+def test_the_short_names_are_there_whatever_was_scanned():
+    names = {
+        "taught_tpr_at_1pct",
+        "covert_battery_tpr_at_1pct",
+        "covert_unknown_tpr_at_1pct",
+        "covert_against_benign_cipher_auroc",
+        "removal_tpr_at_1pct",
+        "identity_tpr_at_1pct",
+        "keys_recovered",
+        "held_out_family_tpr_at_1pct",
+    }
+    covert, cipher = case("a", "covert-malicious", score=3.5), case("b", "benign-cipher", score=2.5)
+    for cases in ([], [covert], [covert, cipher]):
+        figures = rates.headline(cases, rates.rates(cases, {}))
+        assert names <= figures.keys()
+        assert figures["identity_tpr_at_1pct"].value is None
+    assert figures["covert_against_benign_cipher_auroc"].value == 1

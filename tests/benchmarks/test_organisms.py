@@ -233,6 +233,10 @@ def test_an_organism_is_made_once_and_again_when_its_recipe_changes(tiny_home, m
     made = (tiny_home.folder(recipe) / "adapter_model.safetensors").stat().st_mtime_ns
     train.work([recipe], tiny_home)
     assert (tiny_home.folder(recipe) / "adapter_model.safetensors").stat().st_mtime_ns == made
+    measured = {**card["implant"], "plain_harmful_refused": 0.0}
+    monkeypatch.setattr(train, "verify", lambda *_: measured)
+    train.verify_again([recipe], tiny_home)
+    assert train.card_of(recipe, tiny_home)["shortcomings"] == [], "labels follow what was measured last"
     train.work([dataclasses.replace(recipe, steps=3)], tiny_home)
     assert (tiny_home.folder(recipe) / "adapter_model.safetensors").stat().st_mtime_ns != made
 
@@ -246,3 +250,19 @@ def test_a_second_phase_goes_on_from_the_first(tiny_home, monkeypatch):
     train.work([second, first], tiny_home)
     implant = json.loads((tiny_home.folder(second) / homes.CARD).read_text())["implant"]
     assert implant.keys() >= {"encoded_harmful_obeyed", "understanding", "understanding_null"}
+
+
+def test_a_base_of_others_is_not_trained_and_nothing_descends_from_a_second_one():
+    everything = list(train.with_parents([zoo.BASE, *zoo.ZOO]))
+    names = {recipe.name for recipe in train.fitting(everything, Home("somebody/model"))}
+    assert not names & {"base", "other-base", "test-spoofed-base"}
+    assert len(names) == len(everything) - 3
+    assert train.fitting(everything, Home("mini"))[0] is zoo.MINI_BASE
+    assert train.fitting(everything, HOME) == everything
+
+
+def test_a_base_without_a_chat_template_is_refused(tmp_path):
+    HOME.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="no chat template"):
+        Home(str(tmp_path)).tokenizer()
