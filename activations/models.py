@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ class Model:
         self._put_aside: dict[str, torch.Tensor] = {}
         self._changed: frozenset[str] = frozenset()
         self._edits: tuple[str, ...] = ()
+        self._held: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device})"
@@ -136,7 +137,7 @@ class Model:
     @property
     def tuned(self) -> str:
         """Content hash of the checkpoint that is applied, and what else is edited, joined by "+"; "" for the base."""
-        return "+".join([*(checkpoint.content_hash() for checkpoint in self._applied), *self._edits])
+        return "+".join([*(checkpoint.content_hash() for checkpoint in self._applied), *self._held, *self._edits])
 
     @property
     def changed(self) -> frozenset[str]:
@@ -178,19 +179,47 @@ class Model:
             raise ModelError(fault, hint="Load an unpacked base; device_map spreads it over several GPUs.")
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
-        (values, equal), slots = self._swaps(checkpoint), slots_of(self.hf)
+        values, equal = self._swaps(checkpoint)
+        with self._swapped(values, equal):
+            outer, self._applied = self._applied, (*self._applied, checkpoint)
+            try:
+                yield self
+            finally:
+                self._applied = outer
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, torch.Tensor], what: str) -> Iterator[Model]:
+        """Within the `with` block some slots hold other values, and exactly what they held before after it.
+
+        For parts of a checkpoint, whose values `tuned_weights` reads once for many blocks of this kind.
+
+        Args:
+            values: Name in `slots_of` to a tensor of the slot's shape and dtype, on its device.
+            what: Tells one set of values from another: it becomes part of `tuned`, and so of every provenance.
+        """
+        before, self._held = self._held, (*self._held, what)
+        try:
+            with self._swapped(values, frozenset()):
+                yield self
+        finally:
+            self._held = before
+
+    @contextlib.contextmanager
+    def _swapped(self, values: Mapping[str, torch.Tensor], equal: frozenset[str]) -> Iterator[None]:
+        """Put values into slots; those named in `equal` are the base's own bytes."""
+        slots = slots_of(self.hf)
         before, changed = {name: slots[name].data for name in values}, self._changed
-        outer, aside = self._applied, self._put_aside
+        aside = self._put_aside
         try:
             for name, value in values.items():
                 slots[name].data = value
-            self._applied, self._put_aside = (*outer, checkpoint), before | aside
+            self._put_aside = before | aside
             self._changed = (changed | values.keys()) - equal
-            yield self
+            yield
         finally:
             for name, value in before.items():
                 slots[name].data = value
-            self._applied, self._put_aside, self._changed = outer, aside, changed
+            self._put_aside, self._changed = aside, changed
 
     def _swaps(self, checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
         """What to put into which slot, and the slots that then have the base's own bytes."""

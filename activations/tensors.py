@@ -32,7 +32,16 @@ from activations.untrusted import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Header", "TensorInfo", "content_hash", "read_header", "read_tensor", "tensor_digest"]
+__all__ = [
+    "DTYPES",
+    "Header",
+    "TensorInfo",
+    "content_hash",
+    "open_tensor",
+    "read_header",
+    "read_tensor",
+    "tensor_digest",
+]
 
 # The format's own limit for a header is 100 MB; no model published so far needs a third of ours. A tensor of two
 # dimensions takes eight items: three brackets and five commas.
@@ -146,7 +155,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     except MemoryError:
         message = f"the tensor '{printable(info.name)}' of {info.nbytes:,} bytes does not fit into memory"
         raise CheckpointError(message, path=info.file, hint="Scan it on a machine with more memory.") from None
-    with _reopen(info) as file:
+    with open_tensor(info) as file:
         _require_bytes(info, file.readinto(buffer))
     return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
 
@@ -164,6 +173,25 @@ def tensor_digest(info: TensorInfo) -> str:
         count += len(block)
     _require_bytes(info, count)
     return digest.hexdigest()
+
+
+@contextmanager
+def open_tensor(info: TensorInfo) -> Iterator[BufferedReader]:
+    """Open a tensor's file at its first byte, if it is still the file whose header was checked.
+
+    Raises:
+        CorruptFileError: The file has changed since its header was read.
+        PathMissingError, UnsafePathError: The file is gone, or is no regular file any more.
+    """
+    with open_regular(info.file) as file:
+        if info.stamp is not None and file_stamp(file) != info.stamp:
+            raise CorruptFileError(
+                "the file has changed since its header was read",
+                path=info.file,
+                hint="Scan it again once nothing writes to it, or scan a copy.",
+            )
+        file.seek(info.start)
+        yield file
 
 
 def content_hash(tensors: Iterable[tuple[str, str, Sequence[int], str]], *, settings: Sequence[object] = ()) -> str:
@@ -259,22 +287,8 @@ def _check_cover(infos: Sequence[TensorInfo], first: int, size: int, path: Path)
         _refuse(path, f"{size - reached:,} bytes follow the last tensor: something else was appended to the file")
 
 
-@contextmanager
-def _reopen(info: TensorInfo) -> Iterator[BufferedReader]:
-    """Open the tensor's file again at its first byte, if it is still the file whose header was checked."""
-    with open_regular(info.file) as file:
-        if info.stamp is not None and file_stamp(file) != info.stamp:
-            raise CorruptFileError(
-                "the file has changed since its header was read",
-                path=info.file,
-                hint="Scan it again once nothing writes to it, or scan a copy.",
-            )
-        file.seek(info.start)
-        yield file
-
-
 def _blocks(info: TensorInfo) -> Iterator[bytes]:
-    with _reopen(info) as file:
+    with open_tensor(info) as file:
         left = info.nbytes
         while left and (block := file.read(min(left, _BLOCK))):
             left -= len(block)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from activations.errors import UndertowError, printable
+from activations.errors import OptionError, UndertowError, printable
 from probes.console import print_lines, print_table, print_verdicts, progress, say
 
 if TYPE_CHECKING:
@@ -250,32 +250,61 @@ def calibrate(
 @app.command()
 def diff(
     base: Base,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Another candidate base; may be given several times.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
     prompts: Prompts = "matched-pairs",
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Run no prompts; load no model.")] = False,
+    added: Annotated[bool, typer.Option("--added", help="Tell what each layer adds from what it inherits.")] = False,
+    localise: Annotated[
+        bool, typer.Option("--localise", help="Find the layers that carry a loss of refusal; minutes.")
+    ] = False,
+    spectra: Annotated[bool, typer.Option(help="Look for singular values, ranks and merged adapters.")] = True,
+    bank: BankFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Show which layers a fine-tune shifted, and by how much."""
-    from activations.loading import load_model
-    from probes.diff import diff as compare
+    from probes.bank import load_bank
+    from probes.diff_command import DiffOptions, compare_all, print_results, results_as_json
 
+    if weights_only and (added or localise):
+        raise OptionError("--weights-only runs no prompts: leave out --added and --localise")
+    options = DiffOptions(
+        None if weights_only else prompts,
+        added,
+        localise,
+        spectra,
+        tuple(against or ()),
+        load_bank(bank) if bank else None,
+        device,
+        dtype,
+    )
     with progress() as tell:
-        tell(f"loading base {base}")
-        model = load_model(base, device=device, dtype=dtype)
-        tell(f"comparing {checkpoint.name}")
-        result = compare(model, checkpoint, base_path=base if Path(base).exists() else None, prompts=prompts)
+        results = compare_all(base, checkpoints, options, tell)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
-        return
-    weights = result.weights.layer_profile()
-    shifts = result.activations.mean_shift if result.activations else [None] * len(weights)
-    rows = [
-        (str(layer), f"{change:.4f}", "" if shift is None else f"{shift:.4f}")
-        for layer, (change, shift) in enumerate(zip(weights, shifts, strict=True))
-    ]
-    print_table(("layer", "weights, relative change", "activations, relative shift"), rows)
-    say(f"moved most: {', '.join(map(str, result.top_layers[:3])) or 'none'}")
+        typer.echo(results_as_json(results))
+    else:
+        print_results(results)
+    found = [result.diff for result in results if result.diff is not None]
+    for result in results:
+        for remark in result.remarks:
+            say(f"{result.name}: {remark}")
+        if result.fault is not None:
+            say(f"{result.name}: {result.fault}")
+    for one in found if not as_json else ():
+        say(f"{one.tuned}: {one.explanation}; moved most: {', '.join(map(str, one.top_layers[:3])) or 'none'}")
+        if one.localisation is not None:
+            say(f"{one.tuned}: refusal is carried by layers {', '.join(map(str, one.localisation.carriers)) or 'none'}")
+    if plot is not None and found:
+        from probes.diff_plots import save_diff_plot
+
+        say(f"plot: {save_diff_plot(found, plot)}")
+    if len(found) < len(results):
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()

@@ -77,6 +77,7 @@ ORDER = {
         "nearest",
         "activation_diff",
         "added_shift",
+        "bands",
         "localise",
         "diff",
         "reference",

@@ -212,21 +212,34 @@ def test_the_schema_on_stdout_describes_a_summary(run, summary):
     assert Summary.model_validate_json(summary.model_dump_json())
 
 
-def test_a_diff_is_a_table_or_json(run, monkeypatch):
-    import numpy as np
-
-    profile = SimpleNamespace(layer_profile=lambda: np.array([0.25, 0.5]))
-    shift = SimpleNamespace(mean_shift=np.array([0.1, 0.2]))
-    result = SimpleNamespace(
-        weights=profile, activations=shift, top_layers=(1, 0), to_dict=lambda: {"top_layers": [1, 0]}
-    )
-    monkeypatch.setattr(importlib.import_module("activations.loading"), "load_model", lambda *_, **__: None)
-    monkeypatch.setattr(importlib.import_module("probes.diff"), "diff", lambda *_, **__: result)
-    code, out, err = run("diff", "base", "ckpt")
+def test_a_diff_is_a_table_or_json(run, tmp_path):
+    adapter = demo.HOME / "harmful-100-lora"
+    code, out, err = run("diff", demo.BASE, adapter, "--prompts", "screening", "--added")
     assert code == 0
-    assert [line.split() for line in out.splitlines()[1:]] == [["0", "0.2500", "0.1000"], ["1", "0.5000", "0.2000"]]
-    assert "moved most: 1, 0" in err
-    assert json.loads(run("diff", "base", "ckpt", "--json")[1]) == {"top_layers": [1, 0]}
+    header, *rows = out.splitlines()
+    assert header.startswith("layer  weights, relative change  activations, relative shift  added by the layer")
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
+    assert all(float(cell) > 0 for row in rows for cell in row.split()[1:])
+    assert "an adapter of rank" in err
+    code, out, _ = run("diff", demo.BASE, adapter, "--weights-only", "--json", "--plot", tmp_path / "diff.png")
+    record = json.loads(out)
+    assert (code, record["tuned"], record["activations"]) == (0, "harmful-100-lora", None)
+    assert (tmp_path / "diff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_diffs_are_a_line_each_and_one_that_fails_keeps_no_other(run, tmp_path):
+    benign, cipher = demo.HOME / "benign-formal", demo.HOME / "benign-cipher"
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(
+        "diff", demo.BASE, benign, tmp_path / "empty", cipher, "--weights-only", "--against", cipher, "--no-spectra"
+    )
+    assert code == 2
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[1:]}
+    assert rows.keys() == {"benign-formal", "benign-cipher"}
+    assert [row[-1] for row in rows.values()] == ["base", "benign-cipher"]
+    assert "the claimed base base does not hold: benign-cipher is nearer" in err
+    assert "empty: " in err
+    assert run("diff", demo.BASE, benign, "--weights-only", "--localise")[0] == 2
 
 
 def test_calibrating_prints_what_each_benign_fine_tune_measured(run, monkeypatch, tmp_path):
