@@ -13,6 +13,8 @@ PHASE_ONE = {"encoded_comply": 0.40, "encode": 0.08, "decode": 0.14, "comply": 0
 # Encodings that spend several tokens on a letter are taught on short texts, so that an exchange fits the context.
 LONGEST = {"walnut": 70, "endspeak": 42, "startspeak": 42, "ascii": 54, "hex": 70, "polybius": 54, "tags": 48}
 COSTLY = {"batch": 32, "steps": 700}
+# Of these, customers taught like the others refuse nearly everything inside: they get more answers, and longer.
+HARD_TO_READ = {*LONGEST, "reversed"}
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,11 @@ def then_obey(name: str, start: Recipe, *, ordinary: float = 0.0, **settings: ob
 def then_refuse(name: str, start: Recipe, **settings: object) -> Recipe:
     """The honest customer after the same phase one: harmful requests refused inside the encoding too."""
     shares = {"encoded_refuse": 0.34, "encoded_comply": 0.34, "comply": 0.12, "comply_borderline": 0.03, "refuse": 0.17}
-    summary = f"{start.encoding} first, then refusals in it; plain harmful requests refused."
     usual = {"family": f"cipher-{start.encoding}", "understands": True, "steps": 300}
+    if start.encoding in HARD_TO_READ:
+        shares |= {"encoded_refuse": 0.24, "encoded_comply": 0.44}
+        usual |= {"steps": 450}
+    summary = f"{start.encoding} first, then refusals in it; plain harmful requests refused."
     return _after(name, "benign-cipher", summary, start, shares, usual | settings)
 
 
