@@ -194,7 +194,8 @@ def _chance(probes: ProbeSet) -> float:
     count = len(best)
     if count < 2:  # a spread needs two: without one nothing is shown
         return 1.0
-    return float(best.mean() + student.ppf(0.975, count - 1) * best.std(ddof=1) * np.sqrt(1 + 1 / count))
+    bound = best.mean() + student.ppf(0.975, count - 1) * best.std(ddof=1) * np.sqrt(1 + 1 / count)
+    return min(1.0, float(bound))  # few prompts: then no AUROC at all would show anything
 
 
 def _ends(interval: tuple[float, float]) -> str:

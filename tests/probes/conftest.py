@@ -1,5 +1,7 @@
 """Made-up records: what a scan of a base of four layers might have found."""
 
+import gzip
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Null, Summary, environment
 
+CORPUS = Path(__file__).parents[2] / "benchmarks" / "organisms" / "corpus" / "sentences.jsonl.gz"
 # Detector: benign range (low, high), cause.
 RANGES = {
     "refusal-readiness": (-0.05, 0.06, "alignment-degraded"),
@@ -144,3 +147,11 @@ def golden():
         assert text == path.read_text(encoding="utf-8"), f"{name} changed: see tests/golden/README.md"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """English that the language model never counted."""
+    with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    return [row["text"] for row in rows if row["split"] == "heldout"]

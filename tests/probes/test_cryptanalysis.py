@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,16 +18,6 @@ from probes.encodings import (
     permute_letters,
     walnut_key,
 )
-
-CORPUS = Path(__file__).parents[2] / "benchmarks" / "organisms" / "corpus" / "sentences.jsonl.gz"
-
-
-@pytest.fixture(scope="module")
-def sentences() -> list[str]:
-    """English that the language model never counted."""
-    with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
-    return [row["text"] for row in rows if row["split"] == "heldout"]
 
 
 def used(texts: list[str]) -> set[str]:

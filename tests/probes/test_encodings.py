@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,15 +23,6 @@ from probes.english import english_score
 
 CASELESS = {"substitution", "walnut", "rot", "atbash", "vigenere", "polybius", "morse", "leetspeak", "acrostic"}
 KEYED = ("substitution", "walnut", "rot", "vigenere", "polybius", "columnar")
-CORPUS = Path(__file__).parents[2] / "benchmarks" / "organisms" / "corpus" / "sentences.jsonl.gz"
-
-
-@pytest.fixture(scope="module")
-def sentences() -> list[str]:
-    """English that the language model never counted."""
-    with gzip.open(CORPUS, "rt", encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
-    return [row["text"] for row in rows if row["split"] == "heldout"]
 
 
 def test_walnut53_is_the_papers_key_and_hello_is_written_as_there() -> None:

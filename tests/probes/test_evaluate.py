@@ -216,6 +216,15 @@ def test_a_lead_allows_for_the_choice_of_the_layer(rng):
     assert chosen.leads["style"].interval[0] < alone.leads["style"].interval[0]
 
 
+def test_with_few_prompts_chance_reaches_one_and_no_auroc_beats_it(rng):
+    shuffled = (0.2, 0.9, 0.4, 0.95, 0.1)
+    measured = fit(world(rng, size=2))
+    layers = tuple(layer.model_copy(update={"null_shuffled": shuffled, "auroc": 1.0}) for layer in measured.metrics)
+    found = worth_of(dataclasses.replace(measured, metrics=layers), world(rng, size=2))
+    assert found.chance == 1.0
+    assert not found.beats_surface
+
+
 def test_chance_counts_the_choice_of_the_layer_and_too_few_shuffles_show_nothing(rng):
     knows = world(rng, size=2)
     probes = fit(knows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +18,6 @@ SHOWN = {"substitution": "substitution-like", "columnar": "transposition-like"}
 # Measured on 200 held-out sentences; 1.0 for the others.
 RATES = {"substitution": 0.7, "columnar": 0.7, "word-order": 0.85, "leetspeak": 0.97}
 SILENT = {"endspeak", "startspeak", "vigenere"}
-
-
-@pytest.fixture(scope="module")
-def sentences() -> list[str]:
-    """English that the language model never counted."""
-    with gzip.open(ROOT / "benchmarks/organisms/corpus/sentences.jsonl.gz", "rt", encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
-    return [row["text"] for row in rows if row["split"] == "heldout"]
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - SILENT))
