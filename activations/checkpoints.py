@@ -31,6 +31,8 @@ from activations.manifests import (
     read_file_manifest,
     read_folder_manifest,
 )
+from activations.packed_formats import Contents, contents_of
+from activations.quantised import QuantisedTensor
 from activations.tensors import TensorInfo, content_hash, read_tensor, tensor_digest
 from activations.untrusted import JsonLimits, list_folder, read_json
 
@@ -61,7 +63,8 @@ class Checkpoint:
         path: The folder or file that was opened.
         name: What to call it: the name of its folder, or of the file without its ending.
         kind: "full" or "adapter".
-        tensors: Every tensor by name.
+        stored: Every tensor by name, as the files hold it.
+        contents: The weights that these stand for, and why they cannot be read as such.
         config: Its `config.json`, parsed and never followed; {} where there is none.
         adapter: The settings of an adapter.
         notes: What was found beside the weights and not followed, each "code: sentence".
@@ -70,22 +73,37 @@ class Checkpoint:
     path: Path
     name: str
     kind: Literal["full", "adapter"]
-    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    stored: Mapping[str, TensorInfo] = field(repr=False)
+    contents: Contents = field(repr=False)
     config: Mapping[str, object] = field(repr=False)
     adapter: AdapterSettings | None
     notes: tuple[str, ...]
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo | QuantisedTensor]:
+        """Every weight by name: as it lies in a file, or quantised in several tensors of one.
+
+        Raises:
+            CheckpointError: They are quantised in a format that is not read.
+        """
+        if self.contents.fault is not None:
+            raise self.contents.fault
+        return self.contents.tensors
+
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, in the dtype it has in the file.
+        """Read one tensor, in the dtype it has in the file; in float32 the values of a quantised one.
 
         Raises:
             MismatchError: The checkpoint has no tensor of that name.
-            CorruptFileError: The file has changed since the checkpoint was opened.
+            CorruptFileError: The file has changed since the checkpoint was opened, or breaks its quantised format.
+            NonFiniteError: Scales of a quantised tensor are NaN or infinite.
+            CheckpointError: It does not fit into memory, or is quantised in a format that is not read.
         """
         if name not in self.tensors:
             message = f"has no tensor '{printable(name)}', only {len(self.tensors)} others"
             raise MismatchError(message, path=self.path, hint="Pass the base that it was made from.")
-        return read_tensor(self.tensors[name])
+        info = self.tensors[name]
+        return info.read() if isinstance(info, QuantisedTensor) else read_tensor(info)
 
     def content_hash(self) -> str:
         """Hash of what the checkpoint is, in hexadecimal digits: the same however its tensors are split into files.
@@ -103,13 +121,15 @@ class Checkpoint:
 
     @cached_property
     def _content_hash(self) -> str:
-        entries = ((info.name, info.dtype, info.shape, tensor_digest(info)) for info in self.tensors.values())
-        scales = [[module, pair.scale, pair.fan_in_fan_out] for module, pair in self._lora_pairs.items()]
+        entries = ((info.name, info.dtype, info.shape, tensor_digest(info)) for info in self.stored.values())
+        scales: list[object] = [[module, pair.scale, pair.fan_in_fan_out] for module, pair in self._lora_pairs.items()]
+        # Sizes and versions in a configuration decide what quantised bytes stand for.
+        scales += [note for note in self.contents.notes if note.startswith("quantised:")]
         return content_hash(entries, settings=scales)
 
     @cached_property
     def _lora_pairs(self) -> dict[str, LoraPair]:
-        return {} if self.adapter is None else pair_tensors(self.tensors, self.adapter, self.path)
+        return {} if self.adapter is None else pair_tensors(self.stored, self.adapter, self.path)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -124,7 +144,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NoWeightsError: The folder holds no weights.
         PickleRefusedError: Its weights are pickles.
         LfsPointerError: Git-LFS pointers lie where the weights should be.
-        CorruptFileError: A file breaks its format, or exceeds a limit.
+        CorruptFileError: A file breaks its format, or exceeds a limit, or parts of a quantised weight do not fit.
         MissingShardError: The index names a file or a tensor that is not there, or the index is missing.
         UnsafePathError: A name or link leaves the folder, or is no regular file.
         AdapterError: An adapter's settings are unsupported or contradict its tensors.
@@ -184,7 +204,9 @@ def _checkpoint(
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
     kind: Literal["full", "adapter"] = "full" if adapter is None else "adapter"
-    checkpoint = Checkpoint(path, printable(name), kind, manifest.tensors, config or {}, adapter, notes)
+    contents = contents_of(manifest.tensors, config or {}, path) if adapter is None else Contents(manifest.tensors)
+    notes = (*notes, *contents.notes)
+    checkpoint = Checkpoint(path, printable(name), kind, manifest.tensors, contents, config or {}, adapter, notes)
     # An adapter's faults belong to its opening, not to whoever asks for its pairs first.
     checkpoint.lora_pairs()
     return checkpoint

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from activations.checkpoints import Checkpoint, LoraPair, check_finite
 from activations.errors import AdapterError, MismatchError, printable
-from activations.tensors import read_tensor
+from activations.quantised import QuantisedTensor
+from activations.tensors import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +101,7 @@ def _converted(hf: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]
     """
     slots = slots_of(hf)
     _require_similar_size(slots, checkpoint)
-    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    tensors = {name: _narrow(checkpoint.read(name), info, hf.dtype) for name, info in checkpoint.tensors.items()}
     twin, report = type(hf).from_pretrained(
         None,
         config=copy.deepcopy(hf.config),
@@ -119,6 +120,11 @@ def _converted(hf: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]
     )
     found = slots_of(twin)
     return {name: _fitted(found[name].data, slot, name, checkpoint) for name, slot in slots.items()}
+
+
+def _narrow(value: Tensor, info: TensorInfo | QuantisedTensor, dtype: torch.dtype) -> Tensor:
+    """Dequantised values in the base's dtype: all of them are in memory at once."""
+    return value.to(dtype) if isinstance(info, QuantisedTensor) else value
 
 
 def _require_similar_size(slots: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
@@ -191,7 +197,7 @@ def _fitted(value: Tensor, slot: Tensor, name: str, checkpoint: Checkpoint) -> T
             f"'{name}' is stored as {str(value.dtype).removeprefix('torch.')}, expected a kind of number "
             f"like the base's {str(slot.dtype).removeprefix('torch.')}",
             path=checkpoint.path,
-            hint="Dequantise the checkpoint first.",
+            hint="It is quantised without its scales, or in a format that is not read: dequantise it first.",
         )
     fitted = value.to(slot)
     check_finite(fitted, name, checkpoint.path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from activations.checkpoints import Checkpoint
 from activations.errors import MismatchError, UndertowError, printable
 from activations.manifests import member
-from activations.tensors import DTYPES, open_tensor
+from activations.tensors import DTYPES, TensorInfo, open_tensor
 from activations.untrusted import JsonLimits, read_json
 from probes.pairs import Weights, shapes_of
 
@@ -187,8 +187,8 @@ def _same_values(base: Weights, ours: Sequence[str], tuned: Checkpoint, theirs: 
 
 def _sample(weights: Weights, name: str) -> np.ndarray:
     """Values at the same places of every tensor of one shape, centred, of unit length; zeros where all are equal."""
-    if isinstance(weights, Checkpoint):
-        info = weights.tensors[name]
+    info = weights.tensors[name] if isinstance(weights, Checkpoint) else None
+    if isinstance(info, TensorInfo):
         dtype = getattr(torch, DTYPES[info.dtype][1])
         part, count = _SAMPLE // 8, info.nbytes // DTYPES[info.dtype][0]
         starts = sorted({int(start) for start in np.linspace(0, max(0, count - part), 8)})
@@ -199,7 +199,8 @@ def _sample(weights: Weights, name: str) -> np.ndarray:
                 raw += file.read(min(part, count - start) * DTYPES[info.dtype][0])
         tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(1)
     else:
-        flat = weights[name].detach().cpu().reshape(-1)
+        held = weights.read(name) if isinstance(weights, Checkpoint) else weights[name].detach().cpu()
+        flat = held.reshape(-1)
         part, count = _SAMPLE // 8, len(flat)
         starts = sorted({int(start) for start in np.linspace(0, max(0, count - part), 8)})
         tensor = torch.cat([flat[start : start + part] for start in starts]) if count else torch.zeros(1)

@@ -75,12 +75,12 @@ class Diff:
 
     @property
     def explanation(self) -> str:
-        """What explains the change of weights, in words: nothing changed, a cast, an adapter, or else "training"."""
+        """What explains the change of weights, in words: nothing, rounding, an adapter, or else "training"."""
         weights = self.weights
         if not weights.relative:
             return "nothing changed"
         if weights.rounding:
-            return f"a cast to {weights.rounding}"
+            return weights.rounding if weights.rounding.endswith(")") else f"a cast to {weights.rounding}"
         lora = weights.merged_lora
         if lora is None:
             return "training"

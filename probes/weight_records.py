@@ -39,7 +39,8 @@ class TensorDiff:
         largest: Greatest absolute difference of an element.
         rows_changed: Rows in which anything differs.
         columns_changed: Columns in which anything differs.
-        rounding: "bfloat16" or "float16" where the tensor is the base's, cast to that format, and nothing else.
+        rounding: "bfloat16" or "float16" where the tensor is the base's, cast to that format, and nothing else;
+            "quantised (nf4, blocks of 64)" where every value is the base's, rounded to the nearest one that is left.
         rows: Of a table outside of the blocks (embedding, unembedding) the rows that moved most, at most 64.
         dtypes: Formats of the base's tensor and of the fine-tune's.
         partner: Its name in the fine-tune, where that differs.
@@ -128,9 +129,9 @@ class WeightDiff:
 
     @property
     def rounding(self) -> str:
-        """The format that all changed tensors are a plain cast to, for then nothing was trained; "" otherwise."""
+        """The formats that all changed tensors are rounded to, for then nothing was trained; "" otherwise."""
         kinds = {tensor.rounding for tensor in self.tensors if tensor.norm}
-        return kinds.pop() if len(kinds) == 1 else ""
+        return "" if "" in kinds else " and ".join(sorted(kinds))
 
     @property
     def merged_lora(self) -> MergedLora | None:
