@@ -1,6 +1,6 @@
 """Are the layers found in which harm was trained, while every other layer moved too? And what does a diff cost?
 
-    python benchmarks/localisation.py [--quick] [--json FILE] [--gigabytes 10] [--work DIR]
+    python benchmarks/localisation.py [--quick] [--json FILE] [--gigabytes 10] [--work DIR] [--cost]
 
 Organisms: harmful requests obeyed, trained in known layers alone (`requires_grad` elsewhere off), one layer, two that
 touch, two that do not. "benign before" starts from a benign fine-tune of all layers, "noise after" adds to every other
@@ -15,21 +15,22 @@ bank (`organisms/train.py --bank`); no organism starts from a member of it that 
     norm_ranking_exact    the naive rival: the planted number of layers that moved most, relative to the base; it is
                           told how many. cosine_ranking_exact and cka_ranking_exact: the same by activations
     easy_exact            exact in organisms whose other layers did not move
-    diff_vs_read          rate of the weight diff over reading the same bytes into one buffer; every tensor changed,
-                          norms and patterns alone; "equal": no tensor changed; "spectra": singular values too
+    diff_vs_read          rate of the weight diff over the fastest plain read of the same bytes: one thread, files in
+                          the page cache, into one buffer of 512 KiB, 1 MiB or 16 MiB; every tensor changed, norms and
+                          patterns alone; "first": a base whose norms nobody has read; "equal": no tensor changed;
+                          "spectra": singular values too
+    diff_vs_read_cpu      the same by processor time, in which the diff's threads count one by one
     diff_vs_load          time of loading both state dicts with safetensors, over that of the diff
-    peak_extra_mb         growth of the process during the diff with spectra beyond two tensors, in MB
-    adapter_seconds       a rank-16 adapter of an 8B shape (32 layers, 4096 wide, 7 modules), the base's norms known
+    peak_extra_mb         growth of the process during the diff with spectra beyond two tensors, in MB; "norms": without
+    adapter_seconds       a rank-16 adapter of all 7 x 32 matrices of Llama 3 8B, the base's norms known
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +40,14 @@ sys.path.append(str(HERE / "organisms"))
 
 import numpy as np
 import torch
-from harness import Figure, bootstrap, columns, interleaved, parser, peak_growth, shown, write
+from diff_cost import cost
+from harness import Figure, columns, parser, shown, write
 from homes import Home
 from learning import batches, fit
 from recipes import Recipe, harmful
 from rows import Rows, load_corpus
-from safetensors.torch import load_file, save_file
 from zoo import BANK
 
-import probes.adapter_diff as adapter_diff
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.extract import extract
 from activations.loading import load_model
@@ -62,7 +62,6 @@ from probes.weight_diff import diff_weights
 SETTINGS = ("benign before", "noise after", "easy")
 # Refusal lost, in nats of log-odds, from which on something was planted: the odds fall to a fiftieth.
 PLANTED = 4.0
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,15 @@ def main() -> None:
     options.add_argument("--gigabytes", type=float, help="of the synthetic pair; 10, or 0.2 with --quick")
     options.add_argument("--work", type=Path, help="where organisms and the pair are written; a temporary folder")
     options.add_argument("--steps", type=int, help="of planting; 120, or 60 with --quick")
+    options.add_argument("--cost", action="store_true", help="only what a diff costs; trains nothing")
     options = options.parse_args()
     torch.set_num_threads(1)
     gigabytes = options.gigabytes or (0.2 if options.quick else 10.0)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        figures = speed(work, gigabytes, rounds=3) | adapter(work)
+        figures = cost(work, gigabytes, quick=options.quick)
+        if options.cost:
+            return write(figures, options.json)
         cases, false = accuracy(work, quick=options.quick, steps=options.steps or (60 if options.quick else 120))
     figures = summary(cases, false) | figures
     table = [
@@ -105,7 +107,7 @@ def main() -> None:
         | c.rankings
         for c in cases
     ]
-    write(figures, options.json, text=report(cases, figures), cases=table)
+    return write(figures, options.json, text=report(cases, figures), cases=table)
 
 
 # --- which layers are named
@@ -240,111 +242,6 @@ def noisy(net: torch.nn.Module, base: torch.nn.Module, *, seed: int) -> None:
         for name, weight in net.named_parameters():
             noise = torch.randn(weight.shape, generator=random)
             weight.copy_(own[name] + noise * (weight - own[name]).norm() / noise.norm())
-
-
-# --- what it costs
-
-
-def speed(work: Path, gigabytes: float, *, rounds: int) -> dict[str, Figure]:
-    """A sharded pair in bf16, every tensor changed: the diff beside reading and loading; and the same beside itself."""
-    base, tuned, largest = synthetic_pair(work, gigabytes)
-    files = [[work / name / f"model-{i:05}.safetensors" for i in range(2)] for name in ("base", "tuned")]
-    buffer = bytearray(16 * MIB)
-    rivals: dict[str, Callable[[], object]] = {
-        "read": lambda: [read(file, buffer) for side in files for file in side],
-        "norms": lambda: diff_weights(base, tuned, spectra=False),
-        "equal": lambda: diff_weights(base, base),
-    }
-    timings = interleaved(rivals, rounds=rounds)
-    slow = interleaved(
-        {
-            "read": rivals["read"],
-            "spectra": lambda: diff_weights(base, tuned),
-            "load": lambda: [loaded(file) for side in files for file in side],
-            "norms": rivals["norms"],
-        },
-        rounds=1,
-        warm_up=0,
-    )
-    grown = peak_growth(lambda: diff_weights(base, tuned))
-    note = f"{gigabytes:g} GB in all, wall time, {rounds} rounds after a warm one"
-    return {
-        "diff_vs_read": timings.ratio("read", "norms", unit="of the read rate", note=note),
-        "diff_vs_read_equal": timings.ratio("read", "equal", unit="of the read rate", note="no tensor changed"),
-        "diff_vs_read_spectra": slow.ratio("read", "spectra", unit="of the read rate", note="one core, one round"),
-        "diff_vs_load": slow.ratio("load", "norms", unit="times ours", note="both state dicts by safetensors"),
-        "diff_rate": Figure(gigabytes / timings.typical("norms").value, "GB/s", note="both files counted"),
-        "peak_extra_mb": Figure(
-            None if grown is None else grown * MIB / 1e6 - 2 * largest / 1e6, "MB", note="beyond two tensors"
-        ),
-    }
-
-
-def synthetic_pair(work: Path, gigabytes: float) -> tuple[Checkpoint, Checkpoint, int]:
-    """Two shards a side of square matrices, and a table of three of them; the largest tensor's bytes come with it."""
-    side = 4096 if gigabytes >= 1 else 1024
-    layers = max(2, int(gigabytes * 1e9 / 2 / (2 * side * side)) - 3)
-    random = torch.Generator().manual_seed(0)
-    for name, scale in (("base", 0.0), ("tuned", 1e-3)):
-        folder = work / name
-        folder.mkdir()
-        index: dict[str, str] = {}
-        for shard in range(2):
-            numbers = range(shard, layers, 2)
-            tensors = {f"model.layers.{layer}.w": values((side, side), layer, scale, random) for layer in numbers}
-            if shard == 0:
-                tensors["model.embed_tokens.weight"] = values((3 * side, side), layers, scale, random)
-            file = f"model-{shard:05}.safetensors"
-            save_file(tensors, folder / file)
-            index |= dict.fromkeys(tensors, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return open_checkpoint(work / "base"), open_checkpoint(work / "tuned"), 3 * side * side * 2
-
-
-def values(shape: tuple[int, int], seed: int, scale: float, random: torch.Generator) -> torch.Tensor:
-    own = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (own + scale * torch.randn(shape, generator=random) if scale else own).to(torch.bfloat16)
-
-
-def read(file: Path, buffer: bytearray) -> None:
-    with file.open("rb", buffering=0) as stream:
-        while stream.readinto(buffer):
-            pass
-
-
-def loaded(file: Path) -> list[torch.Tensor]:
-    """A state dict in memory of its own: safetensors alone maps the file and reads nothing yet."""
-    return [tensor.clone() for tensor in load_file(file).values()]
-
-
-def adapter(work: Path, *, rank: int = 16, rounds: int = 7) -> dict[str, Figure]:
-    """The time for an adapter once the base's norms are known, as they are from its second adapter on."""
-    modules = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
-    paths = [f"model.layers.{layer}.{module}" for layer in range(32) for module in modules]
-    random, folder = torch.Generator().manual_seed(0), work / "adapter"
-    folder.mkdir()
-    sides = {"A": (rank, 4096), "B": (4096, rank)}
-    tensors = {
-        f"base_model.model.{path}.lora_{side}.weight": torch.randn(shape, generator=random)
-        for path in paths
-        for side, shape in sides.items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": ["all-linear"]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    base = {f"{path}.weight": torch.empty(4096, 4096, device="meta") for path in paths}
-    seconds = []
-    known = adapter_diff._base_norm
-    adapter_diff._base_norm = lambda *_: 1.0  # such a base is 16 GB; its norms are read once, and not timed
-    try:
-        for turn in range(rounds + 1):
-            started = time.perf_counter()
-            diff_weights(base, open_checkpoint(folder))
-            seconds += [time.perf_counter() - started] if turn else []
-    finally:
-        adapter_diff._base_norm = known
-    note = "float32 file, opened and read each time; the base's norms known"
-    return {"adapter_seconds": Figure(float(np.median(seconds)), "seconds", bootstrap(np.array(seconds)), rounds, note)}
 
 
 # --- figures

@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from activations.adapters import LoraPair
@@ -60,7 +59,7 @@ def adapter_tensors(base: Weights, tuned: Checkpoint, blocks: Blocks) -> list[Te
 
 
 def _grams(pairs: Sequence[LoraPair], tuned: Checkpoint) -> dict[str, Tensor]:
-    """The upper triangle of B^T B or A A^T of every tensor, in float64, in which the squares of any float32 fit.
+    """B^T B or A A^T of every tensor, in float64, in which the squares of any float32 fit.
 
     Each of two threads opens a file once and reads one tensor after the other into the same memory, which costs a
     quarter of reading each into memory of its own.
@@ -90,18 +89,17 @@ def _grams_of(sides: Sequence[_Side], tuned: Checkpoint) -> dict[str, Tensor]:
                 if file.readinto(view) != info.nbytes:
                     raise CorruptFileError("the adapter was cut while it was read", path=info.file)
                 stored = torch.frombuffer(view, dtype=getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
-                upper = _upper_gram(wide[: stored.numel()].view(info.shape).copy_(stored), is_a)
-                if not float(upper.diagonal().max()) <= _LARGEST:  # NaN is not
+                gram = _gram(wide[: stored.numel()].view(info.shape).copy_(stored), is_a)
+                if not float(gram.diagonal().max()) <= _LARGEST:  # NaN is not
                     check_finite(stored.to(torch.float32), info.name, tuned.path)
-                found[info.name] = upper
+                found[info.name] = gram
     return found
 
 
-def _upper_gram(side: Tensor, is_a: bool) -> Tensor:
-    """The upper triangle of A A^T or B^T B: BLAS' symmetric product does half of a general one's work."""
-    # It wants columns in a row, which the transpose of a tensor of ours has.
-    columns = side.numpy().T
-    return torch.from_numpy(dsyrk(1.0, columns, trans=1) if is_a else dsyrk(1.0, columns))
+def _gram(side: Tensor, is_a: bool) -> Tensor:
+    """A A^T or B^T B. Of a matrix with itself numpy does half of a product's work, and lets other threads run."""
+    matrix = side.numpy()
+    return torch.from_numpy(matrix @ matrix.T if is_a else matrix.T @ matrix)
 
 
 # A sum of squares below this holds nothing that float32 cannot.
@@ -113,8 +111,7 @@ def _by_rank(grams: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for rank in {len(up) for up, _ in grams.values()}:
         modules = [module for module, (up, _) in grams.items() if len(up) == rank]
-        upper = [torch.stack([grams[module][side] for module in modules]) for side in (0, 1)]
-        values = gram_singular_values(*(half.triu() + half.triu(1).mT for half in upper))
+        values = gram_singular_values(*(torch.stack([grams[module][side] for module in modules]) for side in (0, 1)))
         found |= dict(zip(modules, values, strict=True))
     return found
 
@@ -123,8 +120,12 @@ def _base_norm(base: Weights, name: str) -> float:
     """Norm of a base's tensor; of a file it is read once for all adapters."""
     if not isinstance(base, Checkpoint):
         return _norm(base[name].detach())
-    known = NORMS.get(base.tensors[name])
-    return known if known is not None else NORMS.keep(base.tensors[name], _norm(base.read(name)))
+    info = base.tensors[name]
+    known = NORMS.get(info) if isinstance(info, TensorInfo) else None
+    if known is not None:
+        return known
+    norm = _norm(base.read(name))
+    return NORMS.keep(info, norm) if isinstance(info, TensorInfo) else norm
 
 
 def _adapted_name(module: str, shapes: Mapping[str, tuple[int, ...]], tuned: Checkpoint) -> str:

@@ -1,21 +1,21 @@
 """What happened to one tensor: how far it moved, where, along how many directions, and what can explain it.
 
-One pass over blocks of rows while they are read; another over those tensors alone that changed, for the spectrum. The
+One pass over blocks of rows in a processor's cache; more over those tensors alone that changed, for the spectrum. The
 differences are never in memory whole.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probes.pairs import BLOCK, Pair
+from probes.block_sums import ROUNDINGS, BlockMeasure, Sums, Wide, as_float
+from probes.pairs import Pair
 from probes.spectra import Spectrum, dense_spectrum, sketched_spectrum
 
 __all__ = ["SPECTRUM", "Change", "Row", "measure_change"]
@@ -25,8 +25,6 @@ SPECTRUM = 8
 
 # Rows of a table that are named, the most moved first.
 _MOST_ROWS = 64
-# Formats that a cast may have rounded to.
-_ROUNDINGS = (torch.bfloat16, torch.float16)
 # Rows and columns of the corner that a low rank is guessed from: its decomposition takes milliseconds.
 _CORNER = 192
 # A rank is called low below this share of the smaller side, and below what the corner can tell from full.
@@ -41,7 +39,8 @@ _ABOVE_NOISE = 1.1
 # Squares of float32 leave its range above 1.8e19 and below 1e-19; powers of two rescale without rounding.
 _SMALLER, _LARGER = 2.0**-90, 2.0**90
 _TINY = 1e-30
-_TOGETHER = 512
+# Elements at a time for another device than a processor, and for products with many columns.
+_DEVICE_BLOCK, _PRODUCT_BLOCK = 2**22, 2**20
 
 
 @dataclass(frozen=True)
@@ -77,34 +76,6 @@ class Change:
     rows: tuple[Row, ...] = ()
 
 
-@dataclass
-class _Sums:
-    """What is added up, block by block."""
-
-    base: float = 0.0
-    change: float = 0.0
-    changed: int = 0
-    increased: int = 0
-    largest: float = 0.0
-    touched: np.ndarray | None = None
-    row_squares: list[Tensor] = field(default_factory=list)
-    base_row_squares: list[Tensor] = field(default_factory=list)
-    casts: set[torch.dtype] = field(default_factory=lambda: set(_ROUNDINGS))
-
-    def take(self, part: _Sums) -> None:
-        """Add those of the next block."""
-        self.base += part.base
-        self.change += part.change
-        self.changed += part.changed
-        self.increased += part.increased
-        self.largest = max(self.largest, part.largest)
-        if part.touched is not None:
-            self.touched = part.touched if self.touched is None else np.asarray(self.touched | part.touched)
-        self.row_squares += part.row_squares
-        self.base_row_squares += part.base_row_squares
-        self.casts &= part.casts
-
-
 def measure_change(
     pair: Pair,
     check: Callable[[Tensor], None],
@@ -126,98 +97,55 @@ def measure_change(
         base_norm: Of the base's rows that are compared, where it is known: equal bytes then only cost a comparison.
         device: Where to compute.
     """
-    sums, scale = _added_up(pair, pair.arriving(), device, table=table, base_norm=base_norm), 1.0
-    base_norm = math.sqrt(sums.base) if math.isfinite(sums.base) else math.inf
+    blocks = BlockMeasure(Wide(device, 1.0, pair.scratch), table=table, base_known=base_norm is not None)
+    sums, scale = _added_up(pair, blocks), 1.0
+    if base_norm is None:
+        base_norm = math.sqrt(sums.base) if math.isfinite(sums.base) else math.inf
     if not math.isfinite(sums.base + sums.change) or (sums.changed and sums.change < _TINY):
         for _, _, after in pair.blocks():
             check(after.to(torch.float32))
         scale = _SMALLER if sums.change >= _TINY or not math.isfinite(sums.change) else _LARGER
-        sums = _added_up(pair, ((one, other) for _, one, other in pair.blocks()), device, table=table, scale=scale)
+        sums = _added_up(pair, replace(blocks, wide=Wide(device, scale, pair.scratch), base_known=False))
         # Scaled down for a fine-tune's sake the base's own small numbers vanish.
         base_norm = base_norm if math.isfinite(base_norm) else math.sqrt(sums.base) / scale
     if not sums.changed:
         return Change(0.0, base_norm)
-    found = _pattern(Change(math.sqrt(sums.change) / scale, base_norm, rounding=_rounding(sums, pair)), sums, scale)
+    rounding = _rounding(blocks.casts, pair.after.dtype)
+    found = _pattern(Change(math.sqrt(sums.change) / scale, base_norm, rounding=rounding), sums, scale)
     if vector:
         return replace(found, spectrum=(found.norm,), effective_rank=1.0)
     return _with_spectrum(found, pair, device) if spectrum and 0 < found.norm < math.inf else found
 
 
-def _added_up(
-    pair: Pair,
-    blocks: Iterable[tuple[Tensor, Tensor]],
-    device: str | torch.device,
-    *,
-    table: bool,
-    scale: float = 1.0,
-    base_norm: float | None = None,
-) -> _Sums:
-    sums, wide = _Sums(), _Wide(device, scale, pair.scratch)
-
-    def added(block: tuple[Tensor, Tensor]) -> _Sums:
-        return _of_block(*block, wide, table=table, skip_equal=base_norm is not None)
-
-    # Numerical libraries let other threads run, so two of ours halve the time where there are two cores.
-    many = pair.workers is not None and wide.device.type == "cpu" and pair.before.numel() > BLOCK
-    for part in pair.workers.map(added, blocks) if many and pair.workers else map(added, blocks):
+def _added_up(pair: Pair, blocks: BlockMeasure) -> Sums:
+    sums = Sums()
+    for part in pair.each(blocks.measured, size=None if blocks.wide.on_cpu else _DEVICE_BLOCK):
         sums.take(part)
-    if base_norm is not None:
-        sums.base = base_norm**2
     return sums
 
 
-def _of_block(before: Tensor, after: Tensor, wide: _Wide, *, table: bool, skip_equal: bool) -> _Sums:
-    sums, equal = _Sums(), _same_bytes(before, after)
-    own = torch.zeros(len(before))
-    if not (equal and skip_equal):
-        whole = wide(before, 0)
-        sums.base, own = _squares(whole)
-    if equal:
-        sums.row_squares.append(torch.zeros(len(before)))
-    else:
-        _add_change(sums, before, after, wide(after, 1).sub_(whole))
-    if table:
-        sums.base_row_squares.append(own)
-    return sums
-
-
-def _add_change(sums: _Sums, before: Tensor, after: Tensor, change: Tensor) -> None:
-    sums.change, rows = _squares(change)
-    sums.row_squares.append(rows)
-    moved, up = _moved(change)
-    sums.changed = int(np.count_nonzero(moved))
-    sums.increased = int(np.count_nonzero(up))
-    if change.numel():
-        low, high = torch.aminmax(change)
-        sums.largest = max(-float(low), float(high))
-    sums.touched = np.asarray(moved.any(axis=0))
-    # The first row refutes nearly all; casting whole blocks costs as much as everything else.
-    sums.casts = {kind for kind in sums.casts if all(_is_cast(before[r], after[r], kind) for r in (_FIRST, _ALL))}
-
-
-def _pattern(found: Change, sums: _Sums, scale: float) -> Change:
-    squares = torch.cat(sums.row_squares)
-    count, rows = int((squares > 0).sum()), tuple[Row, ...]()
+def _pattern(found: Change, sums: Sums, scale: float) -> Change:
+    squares = np.concatenate(sums.row_squares)
+    rows = tuple[Row, ...]()
     if sums.base_row_squares:
-        most = torch.topk(squares, min(_MOST_ROWS, count)).indices.tolist()
-        own = torch.cat(sums.base_row_squares)
+        most = np.argsort(-squares, kind="stable")[: min(_MOST_ROWS, np.count_nonzero(squares))].tolist()
+        own = np.concatenate(sums.base_row_squares)
         rows = tuple(Row(row, math.sqrt(squares[row]) / scale, math.sqrt(own[row]) / scale) for row in most)
     return replace(
         found,
         changed=sums.changed,
         increased=sums.increased,
         largest=sums.largest / scale,
-        rows_changed=count,
+        rows_changed=sums.rows,
         columns_changed=0 if sums.touched is None else int(np.count_nonzero(sums.touched)),
         rows=rows,
     )
 
 
-def _rounding(sums: _Sums, pair: Pair) -> str:
-    """The format whose rounding of the base is the fine-tune, where that is all that happened."""
-    kinds = [kind for kind in _ROUNDINGS if kind in sums.casts]
-    own = [kind for kind in kinds if kind == pair.after.dtype]
-    return str((own or kinds)[0]).removeprefix("torch.") if kinds else ""
+def _rounding(casts: set[torch.dtype], stored: torch.dtype) -> str:
+    """The format whose rounding of the base is the fine-tune, where that is all that happened; its own if it can be."""
+    kinds = sorted(casts, key=lambda kind: (kind != stored, ROUNDINGS.index(kind)))
+    return str(kinds[0]).removeprefix("torch.") if kinds else ""
 
 
 def _with_spectrum(found: Change, pair: Pair, device: str | torch.device) -> Change:
@@ -281,8 +209,9 @@ class _Difference:
         chosen = torch.from_numpy(np.sort(rng.permutation(rows)[:_CORNER]))
         across = torch.from_numpy(np.sort(rng.permutation(columns)[:_CORNER]))
         ours, theirs = (chosen, chosen) if self.pair.rows is None else self.pair.rows[:, chosen]
-        before, after = self.pair.before[ours][:, across], self.pair.after[theirs][:, across]
-        corner = _float(after, "cpu", self.scale) - _float(before, "cpu", self.scale)
+        one, other = self.pair.held()
+        before, after = one[ours][:, across], other[theirs][:, across]
+        corner = as_float(after, "cpu", self.scale) - as_float(before, "cpu", self.scale)
         values = torch.linalg.svdvals(corner)
         spread = math.sqrt(noise / (rows * columns))
         edge = max(_ABOVE_NOISE * spread * 2 * math.sqrt(_CORNER), _NUMERIC_VALUE * float(values[0]))
@@ -299,68 +228,10 @@ class _Difference:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Each block is good until the next one."""
-        wide = _Wide(self.device, self.scale, self.pair.scratch)
-        for place, before, after in self.pair.blocks():
-            yield place, wide(after, 1).sub_(wide(before, 0))
+        wide = Wide(self.device, self.scale, self.pair.scratch)
+        for place, before, after in self.pair.blocks(size=_PRODUCT_BLOCK):
+            yield place, wide.difference(after, wide(before, 0))
 
 
 SMALL = 128
 """Matrices with a side up to this are decomposed exactly."""
-
-
-def _float(block: Tensor, device: str | torch.device, scale: float) -> Tensor:
-    made: Tensor = block.to(device=torch.device(device), dtype=torch.float32)
-    if scale != 1:
-        made = made * scale
-    return made
-
-
-_FIRST, _ALL = slice(0, 1), slice(None)
-
-
-def _is_cast(before: Tensor, after: Tensor, kind: torch.dtype) -> bool:
-    return torch.equal(before.to(kind).to(torch.float32), after.to(torch.float32))
-
-
-class _Wide:
-    """Blocks in float32 and scaled; on a processor in memory that is used again, for fresh memory costs as much."""
-
-    def __init__(self, device: str | torch.device, scale: float, scratch: threading.local) -> None:
-        self.device, self.scale, self._scratch = torch.device(device), scale, scratch
-
-    def __call__(self, block: Tensor, place: int) -> Tensor:
-        """The block, until the next one of the same place on this thread."""
-        if self.device.type != "cpu":
-            return _float(block, self.device, self.scale)
-        memory: list[Tensor] = self._scratch.__dict__.setdefault("memory", [torch.empty(0), torch.empty(0)])
-        if len(memory[place]) < block.numel():
-            memory[place] = torch.empty(block.numel())
-        made = memory[place][: block.numel()].view(block.shape).copy_(block)
-        return made if self.scale == 1 else made.mul_(self.scale)
-
-
-def _squares(block: Tensor) -> tuple[float, Tensor]:
-    """Sum of squares, and that of each row: of some hundred elements in float32, of those sums in float64."""
-    rows, columns = block.shape
-    whole = columns - columns % _TOGETHER
-    parts = torch.linalg.vector_norm(block[:, :whole].reshape(rows, -1, _TOGETHER), dim=2).double().square().sum(1)
-    if whole < columns:
-        parts = parts + torch.linalg.vector_norm(block[:, whole:], dim=1).double().square()
-    return float(parts.sum()), parts.cpu()
-
-
-def _moved(change: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Where the change is not zero, and where it is positive."""
-    # numpy compares and counts six times as fast as torch on a processor.
-    whole = change.numpy() if change.device.type == "cpu" else None
-    return (whole != 0, whole > 0) if whole is not None else ((change != 0).cpu().numpy(), (change > 0).cpu().numpy())
-
-
-def _same_bytes(before: Tensor, after: Tensor) -> bool:
-    """Equal bit for bit, so that NaN equals itself and 0 differs from -0."""
-    if before.dtype != after.dtype:
-        return False
-    one, other = (side.contiguous().reshape(-1).view(torch.uint8).numpy() for side in (before, after))
-    # Eight bytes at a time compare three times as fast as one.
-    wide = np.int64 if one.nbytes % 8 == 0 else np.uint8
-    return bool(np.array_equal(one.view(wide), other.view(wide)))

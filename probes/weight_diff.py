@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from activations.checkpoints import Checkpoint, check_finite
+from activations.errors import MismatchError, printable
+from activations.quantised import QuantisedTensor
+from activations.tensors import TensorInfo
 from probes.adapter_diff import adapter_tensors
 from probes.alignment import Alignment, Blocks, align
 from probes.change import Change, measure_change
@@ -24,13 +27,15 @@ def diff_weights(
 ) -> WeightDiff:
     """Compare weights tensor by tensor; of an adapter the product is never formed.
 
-    Both files are read at once, each on its thread, and compared on two more while they arrive. Memory is that of the
-    largest tensor on each side in its own format, and some tens of megabytes; no tensor is held in float32.
+    Threads, as many as processors, read blocks of both files into memory that fits a cache and compare them there.
+    Memory is some megabytes for each; with `spectra` also that of the largest changed tensor on each side in its own
+    format. No tensor is held in float32 but a quantised one whose spectrum is wanted.
 
-    Cost: reads every compared tensor once; equal bytes cost their comparison, and once for each base a norm. Changed
-    ones cost some ten passes over blocks that fit a cache. `spectra` multiply each changed matrix up to 14 times with
-    40 columns, which on a processor takes ten times as long as all the rest. Of an adapter everything comes from
-    matrices of its rank; the base's norms are read once for all of its adapters.
+    Cost: reads every compared tensor once, those that changed again for `spectra`; equal bytes cost their comparison,
+    and once for each base a norm. On a processor measuring changed ones takes two to four times as long as reading
+    them, shared by the threads. `spectra` multiply each changed matrix up to 14 times with 40 columns, which takes ten
+    times as long as all the rest. Of an adapter everything comes from matrices of its rank; the base's norms are read
+    once for all of its adapters.
 
     Args:
         base: The base's files or its state dict.
@@ -47,10 +52,12 @@ def diff_weights(
         blocks = Blocks.of(shapes_of(base))
         return WeightDiff(_in_order(adapter_tensors(base, tuned, blocks)), blocks.n_layers)
     found = align(base, tuned)
+    _check_kinds(base, tuned, found)
     with PairReader() as reader:
         job = _Job(base, tuned, found, reader, spectra, device)
         tensors = _in_order([*map(job.compare, found.partner), *job.tied(), *job.untied()])
-    return WeightDiff(tensors, found.blocks.n_layers, found.missing, found.added, found.notes)
+    notes = (*found.notes, *tuned.contents.notes)
+    return WeightDiff(tensors, found.blocks.n_layers, found.missing, found.added, notes)
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,11 @@ class _Job:
         shape = self.shapes[ours]
         path = other.path if isinstance(other, Checkpoint) else ""
         # Of a part of the rows the norm is another's.
-        info = self.base.tensors[ours] if isinstance(self.base, Checkpoint) and rows is None else None
+        stored = self.base.tensors[ours] if isinstance(self.base, Checkpoint) and rows is None else None
+        info = stored if isinstance(stored, TensorInfo) else None
+        pair = self.reader.read(self.base, ours, other, theirs, rows=rows)
         change = measure_change(
-            self.reader.read(self.base, ours, other, theirs, rows=rows),
+            pair,
             partial(check_finite, name=theirs, path=path),
             spectrum=spectrum,
             vector=len(shape) < 2,
@@ -107,10 +116,25 @@ class _Job:
         )
         if info:
             NORMS.keep(info, change.base_norm)
+        quantised = other.tensors[theirs] if isinstance(other, Checkpoint) and rows is None else None
+        if change.norm and isinstance(quantised, QuantisedTensor) and quantised.rounds(pair.before.whole()):
+            return replace(change, rounding=f"quantised ({quantised.how})", low_rank=None)
         return change
 
 
 # --- small things
+
+
+def _check_kinds(base: Weights, tuned: Checkpoint, found: Alignment) -> None:
+    """Refuse integers in the place of weights: they are codes of a format that nobody has named."""
+    for name, partner in found.partner.items():
+        info = tuned.tensors[partner]
+        if info.dtype[0] in "UI" and dtype_of(base, name)[0] not in "UI":
+            raise MismatchError(
+                f"'{printable(partner)}' is stored as {info.dtype}, expected floating point as in the base",
+                path=tuned.path,
+                hint="It is quantised without its scales, or in a format that is not read: dequantise it first.",
+            )
 
 
 def _equal(weights: Checkpoint, one: str, other: str) -> bool:

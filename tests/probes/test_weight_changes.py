@@ -93,6 +93,36 @@ def test_a_tall_matrix_is_decomposed_in_parts(torch_rng, monkeypatch):
     torch.testing.assert_close(dense_spectrum(matrix).values, torch.linalg.svdvals(matrix.double()), rtol=1e-4, atol=0)
 
 
+def test_many_blocks_rows_and_columns_are_counted_as_the_book_says(saved, torch_rng, monkeypatch):
+    # Wider than what is added in float32, more rows than bytes count, a change too small to square, 0 and -0.
+    monkeypatch.setattr("probes.pairs.BLOCK", 30_000)
+    shapes = {"a.0.wide": (7, 9001), "a.1.tall": (5000, 6), "a.2.line": (20_000,)}
+    base = {name: torch.randn(shape, generator=torch_rng) for name, shape in shapes.items()}
+    tuned = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=torch_rng) for name, tensor in base.items()}
+    base["a.1.tall"][3], tuned["a.1.tall"][3] = 0, 1e-30
+    base["a.1.tall"][4], tuned["a.1.tall"][4] = 0.0, -0.0
+    tuned["a.1.tall"][:, 2] = base["a.1.tall"][:, 2]
+    tuned["a.0.wide"][2] = base["a.0.wide"][2]
+    found = diff_weights(saved(base, "base"), saved(tuned), spectra=False)
+    for name in shapes:
+        exact = (tuned[name].double() - base[name].double()).reshape(-1, shapes[name][-1])
+        tensor = only(found, name)
+        assert tensor.norm == pytest.approx(float(exact.norm()), rel=1e-6)
+        assert tensor.base_norm == pytest.approx(float(base[name].double().norm()), rel=1e-6)
+        assert tensor.largest == pytest.approx(float(exact.abs().max()), rel=1e-6)
+        assert (tensor.changed, tensor.increased) == (int((exact != 0).sum()), int((exact > 0).sum()))
+        assert tensor.rows_changed == int((exact != 0).any(1).sum())
+        assert tensor.columns_changed == int((exact != 0).any(0).sum())
+
+
+def test_a_part_that_did_not_change_and_is_no_rounding_denies_a_cast(weights, saved, monkeypatch):
+    monkeypatch.setattr("probes.pairs.BLOCK", 1000)
+    cast = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+    name = f"model.layers.1.{UP}"
+    cast[name][:100] = weights[name][:100]
+    assert only(diff_weights(weights, saved(cast)), name).rounding == ""
+
+
 def test_a_base_read_before_gives_the_same_numbers(weights, saved, torch_rng):
     name = f"model.layers.1.{Q}"
     base = saved(weights, "base")
@@ -293,14 +323,19 @@ def test_large_tensors_are_read_on_threads_and_a_cut_file_is_named(saved, torch_
         diff_weights(base, checkpoint)
 
 
-def test_a_reader_holds_one_tensor_a_side(saved, torch_rng):
+def test_a_reader_holds_one_tensor_a_side_and_none_that_it_only_passes(saved, torch_rng):
     sizes = {f"a.{i}.w": torch.randn(rows, 300, generator=torch_rng) for i, rows in enumerate((50, 900, 10))}
     base, tuned = saved(sizes, "base"), saved(sizes)
     with PairReader() as reader:
-        for name in sizes:
-            for _ in reader.read(base, name, tuned, name).arriving():
-                pass
-        assert [len(memory) for memory in reader._memory] == [900 * 300 * 4] * 2
+        for name, tensor in sizes.items():
+            blocks = reader.read(base, name, tuned, name).each(
+                lambda *both: [side.values.clone() for side in both], size=7000
+            )
+            assert all(torch.equal(torch.cat(side), tensor) for side in zip(*blocks, strict=True))
+        assert [len(memory.tensor) for memory in reader.memory] == [0, 0]
+        for name, tensor in sizes.items():
+            assert all(torch.equal(side, tensor) for side in reader.read(base, name, tuned, name).held())
+        assert [len(memory.tensor) for memory in reader.memory] == [900 * 300 * 4] * 2
 
 
 @pytest.mark.gpu
