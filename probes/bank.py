@@ -5,17 +5,19 @@ Only the numbers are kept, never the weights, so a bank of hundreds is a small J
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from activations.errors import BankError, PathMissingError
+from activations.checkpoints import Checkpoint
+from activations.errors import BankError, OptionError, PathMissingError
+from probes.detectors import DETECTORS
 from probes.records import Evidence, Kind
 from probes.reference import Reference
 
-__all__ = ["Bank", "Member", "load_bank", "settings_of"]
+__all__ = ["Bank", "Member", "load_bank", "refuse_twins", "settings_of"]
 
 LARGEST = 64 * 2**20
 
@@ -29,6 +31,7 @@ class Member(BaseModel):
         content_hash: Of its tensors.
         statistics: Detector to its statistic; a detector that could not measure is absent.
         layers: Detector to its per-layer profile.
+        synthetic: Whether `undertow calibrate --synthesize` made it; banks from before that was possible lack this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,6 +41,7 @@ class Member(BaseModel):
     content_hash: str
     statistics: Mapping[str, float]
     layers: Mapping[str, tuple[float, ...]]
+    synthetic: bool = False
 
     @classmethod
     def of(cls, name: str, kind: Kind, content_hash: str, evidence: tuple[Evidence, ...]) -> Member:
@@ -67,6 +71,11 @@ class Bank(BaseModel):
         """The members that a checkpoint of this kind is read against."""
         return tuple(member for member in self.members if member.kind == kind)
 
+    @property
+    def synthetic(self) -> int:
+        """How many members were synthesized: more alike than what people make, so a narrower range."""
+        return sum(member.synthetic for member in self.members)
+
     def check_fits(self, reference: Reference) -> None:
         """Refuse to read one base's checkpoints against another's bank, or other prompts' numbers.
 
@@ -81,6 +90,11 @@ class Bank(BaseModel):
                     f"the bank was measured with another {what}: expected {expected.get(what)}, got {got.get(what)}",
                     hint="Make one for this base with `undertow calibrate BASE BENIGN... -o FILE.bank`.",
                 )
+
+    def described(self, name: str) -> dict[str, object]:
+        """What a report says of it: how many members of each kind the verdicts rest on, and how many are synthetic."""
+        counts = {kind: len(self.of_kind(kind)) for kind in ("full", "adapter")}
+        return {"name": name, "members": counts} | ({"synthetic": self.synthetic} if self.synthetic else {})
 
     def save(self, path: Path) -> Path:
         """Write the bank as JSON, replacing an older one in one step."""
@@ -99,6 +113,7 @@ def settings_of(reference: Reference) -> dict[str, str]:
         "probe prompts": probes.prompts_hash,
         "probe method": f"{probes.method}, {probes.pooling} token, {', '.join(probes.hook_points)}",
         "dtype": str(reference.base.dtype),
+        "detector version": ", ".join(sorted(f"{detector.name} {detector.version}" for detector in DETECTORS)),
     }
 
 
@@ -120,3 +135,16 @@ def load_bank(path: str | Path) -> Bank:
         first = fault.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BankError(f"not a bank that this version reads, at {where}: {first['msg']}", path=path) from None
+
+
+def refuse_twins(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse a checkpoint that is given twice, under whatever name."""
+    seen: dict[str, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        first = seen.setdefault(checkpoint.content_hash(), checkpoint)
+        if first is not checkpoint:
+            raise OptionError(
+                f"'{checkpoint.name}' has the weights of '{first.name}': expected each benign fine-tune once",
+                path=checkpoint.path,
+                hint=f"Leave one out, or train another: the other one is {first.path}.",
+            )

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from activations.errors import OptionError, UndertowError, printable
-from probes.console import print_lines, print_table, print_verdicts, progress, say
+from probes.console import print_bank, print_lines, print_probes, print_table, print_verdicts, progress, say
 
 if TYPE_CHECKING:
-    from probes.records import Summary
+    from probes.records import Kind, Summary
 
 __all__ = ["app", "exit_code", "main"]
 
@@ -65,6 +65,10 @@ class Method(StrEnum):
     mean_difference = "mean_difference"
     lda = "lda"
 
+
+# Which kinds of fine-tunes to synthesize.
+Synthesized = StrEnum("Synthesized", ["both", "adapter", "full"])
+_KINDS: tuple[Kind, ...] = ("adapter", "full")
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The trusted base: a folder or a hub id.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A fine-tune of the base, weights only.")]
@@ -170,21 +174,7 @@ def train(
         tell(f"training on {prompts}")
         probes, worth = train_and_weigh(model, prompts=chosen, method=method.value)
     probes.save(out)
-    rows = [
-        (
-            hook_point,
-            f"{layer.auroc:.3f}",
-            f"{layer.interval[0]:.3f}-{layer.interval[1]:.3f}",
-            f"{max(layer.null_shuffled):.3f}" if layer.null_shuffled else "",
-            f"{layer.null_random_directions:.3f}",
-            "" if layer.words_baseline is None else f"{layer.words_baseline:.3f}",
-        )
-        for hook_point, layer in zip(probes.hook_points, probes.metrics, strict=True)
-    ]
-    print_table(("hook point", "AUROC", "95 %", "shuffled", "random", "words"), rows)
-    print_lines([""])
-    print_table(("best layer, and what needs no intent", "AUROC", "95 %", "the probe's lead"), worth.rows())
-    print_lines(["", worth.sentence])
+    print_probes(probes, worth)
     say(f"probe: {out}")
 
 
@@ -223,8 +213,18 @@ def show_prompts(
 @app.command()
 def calibrate(
     base: Base,
-    benign: Annotated[list[Path], typer.Argument(metavar="BENIGN", help="Fine-tunes known to be harmless.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The bank file to write.")],
+    benign: Annotated[
+        list[Path] | None, typer.Argument(metavar="BENIGN...", help="Fine-tunes known to be harmless.")
+    ] = None,
+    synthesize: Annotated[
+        int | None, typer.Option(metavar="N", help="Train N harmless ones of each kind on the base; 20 suffice.")
+    ] = None,
+    kind: Annotated[Synthesized, typer.Option(help="Kind of the synthesized.")] = Synthesized.both,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What a killed run goes on from.  [default: FILE.work]")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the weights of the synthesized, in --work.")] = False,
     probe: ProbeFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -233,17 +233,20 @@ def calibrate(
     from probes.scan import calibrate as run
 
     with progress() as tell:
-        bank = run(base, benign, out=out, probe=probe, device=device, dtype=dtype, progress=tell)
-    detectors = list(dict.fromkeys(name for member in bank.members for name in member.statistics))
-    rows = [
-        (
-            member.name,
-            member.kind,
-            *(f"{member.statistics[d]:.3g}" if d in member.statistics else "-" for d in detectors),
+        bank = run(
+            base,
+            benign or (),
+            out=out,
+            probe=probe,
+            synthesize=synthesize,
+            kinds=[one for one in _KINDS if kind.value in ("both", one)],
+            work=work,
+            keep=keep,
+            device=device,
+            dtype=dtype,
+            progress=tell,
         )
-        for member in bank.members
-    ]
-    print_table(("fine-tune", "kind", *detectors), rows)
+    print_bank(bank)
     say(f"bank: {out}")
 
 

@@ -64,7 +64,7 @@ def test_a_scan_prints_a_table_and_leaves_a_report(run, scans, tmp_path):
     code, out, err = run("scan", "base", "ckpt-1", "ckpt-2", "--out", tmp_path, "--bank", "b.bank", "--device", "cpu")
     assert code == 1
     lines = out.splitlines()
-    assert lines[0].split() == ["checkpoint", "kind", "verdict", "severity", "causes", "score", "p", "layers"]
+    assert lines[0].split() == ["checkpoint", "kind", "verdict", "severity", "causes", "score", "p", "q", "layers"]
     assert lines[2].split()[:4] == ["cmft-walnut53", "full", "flagged", "medium"]
     assert lines[6].split()[:5] == ["half-uploaded", "-", "unscannable", "none", "lfs-pointer"]
     assert len(lines) == 7
@@ -248,10 +248,13 @@ def test_calibrating_prints_what_each_benign_fine_tune_measured(run, monkeypatch
         SimpleNamespace(name="two", kind="adapter", statistics={"asymmetric-drift": 0.75}),
     )
     monkeypatch.setattr(
-        importlib.import_module("probes.scan"), "calibrate", lambda *_, **__: SimpleNamespace(members=members)
+        importlib.import_module("probes.scan"),
+        "calibrate",
+        lambda *_, **__: SimpleNamespace(members=members, synthetic=1),
     )
-    code, out, _ = run("calibrate", "base", "one", "two", "-o", tmp_path / "b.bank")
+    code, out, err = run("calibrate", "base", "one", "two", "-o", tmp_path / "b.bank")
     assert code == 0
+    assert "1 of 2 are synthetic" in err
     assert [line.split() for line in out.splitlines()] == [
         ["fine-tune", "kind", "asymmetric-drift", "intent-shift"],
         ["one", "full", "0.5", "1.25"],
