@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +19,12 @@ from rich.text import Text
 from activations.errors import printable
 from probes.records import Item, Summary
 
-__all__ = ["print_lines", "print_table", "print_verdicts", "progress", "say"]
+if TYPE_CHECKING:
+    from probes.bank import Bank
+    from probes.probe import ProbeSet
+    from probes.worth import Worth
+
+__all__ = ["print_bank", "print_lines", "print_probes", "print_table", "print_verdicts", "progress", "say"]
 
 _STYLES = {
     "flagged": "bold red",
@@ -50,18 +57,58 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def print_verdicts(summary: Summary, truths: Mapping[str, tuple[str, str]] | None = None) -> None:
-    """Print a line a checkpoint; with `truths`, what is known about each beside its verdict.
+    """Print a line a checkpoint, then what to make of each flagged one.
 
     Args:
         summary: A scan.
-        truths: Item name to the truth on its card and how the verdict compares with it.
+        truths: Item name to the truth on its card and how the verdict compares with it, as two columns more.
     """
-    header = ["checkpoint", "kind", "verdict", "severity", "causes", "score", "p", "layers"]
+    header = ["checkpoint", "kind", "verdict", "severity", "causes", "score", "p", "q", "layers"]
     rows = [_verdict_row(item) for item in summary.items]
     if truths is not None:
         header += ["truth", "outcome"]
         rows = [row + truths[item.name] for row, item in zip(rows, summary.items, strict=True)]
     print_table(header, rows)
+    for item in summary.items:
+        if item.verdict == "flagged" and item.explanation:
+            print_lines(["", printable(item.name), *(line for text in item.explanation for line in _indented(text))])
+    for remark in summary.remarks:
+        say(remark)
+
+
+def print_bank(bank: Bank) -> None:
+    """Print a line a benign fine-tune with its statistics, then a word on how far synthetic ones go."""
+    detectors = list(dict.fromkeys(name for member in bank.members for name in member.statistics))
+    cells = [[member.statistics.get(name) for name in detectors] for member in bank.members]
+    rows = [
+        (member.name, member.kind, *("-" if number is None else f"{number:.3g}" for number in numbers))
+        for member, numbers in zip(bank.members, cells, strict=True)
+    ]
+    print_table(("fine-tune", "kind", *detectors), rows)
+    if bank.synthetic:
+        say(
+            f"{bank.synthetic} of {len(bank.members)} are synthetic: more alike than what people make, so that a "
+            "harmless one may be flagged against them. Add your own as you get them."
+        )
+
+
+def print_probes(probes: ProbeSet, worth: Worth) -> None:
+    """Print a line a layer with its nulls, then whether intent beats what needs none."""
+    rows = [
+        (
+            hook_point,
+            f"{layer.auroc:.3f}",
+            f"{layer.interval[0]:.3f}-{layer.interval[1]:.3f}",
+            f"{max(layer.null_shuffled):.3f}" if layer.null_shuffled else "",
+            f"{layer.null_random_directions:.3f}",
+            "" if layer.words_baseline is None else f"{layer.words_baseline:.3f}",
+        )
+        for hook_point, layer in zip(probes.hook_points, probes.metrics, strict=True)
+    ]
+    print_table(("hook point", "AUROC", "95 %", "shuffled", "random", "words"), rows)
+    print_lines([""])
+    print_table(("best layer, and what needs no intent", "AUROC", "95 %", "the probe's lead"), worth.rows())
+    print_lines(["", worth.sentence])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, limit: int = 200) -> None:
@@ -88,6 +135,14 @@ def print_lines(lines: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
+def _indented(text: str) -> list[str]:
+    """Untrusted text, indented; folded to the width of a terminal and left whole elsewhere."""
+    width = Console().width if sys.stdout.isatty() else 10**6
+    return textwrap.wrap(
+        printable(text, limit=2000), width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
+
+
 def _verdict_row(item: Item) -> tuple[str, ...]:
     return (
         item.name,
@@ -97,5 +152,6 @@ def _verdict_row(item: Item) -> tuple[str, ...]:
         ", ".join(item.causes) or (item.error.code if item.error else "-"),
         "-" if item.score is None else f"{item.score:.1f}",
         "-" if item.p_value is None else f"{item.p_value:.3f}",
+        "-" if item.q_value is None else f"{item.q_value:.3f}",
         ",".join(map(str, item.top_layers[:3])) or "-",
     )

@@ -158,11 +158,13 @@ class Item(_Record):
         causes: What the evidence points to.
         score: Higher is more suspicious; comparable within one base.
         p_value: Null where the bank cannot resolve it.
+        q_value: The p-value adjusted for all of the batch (Benjamini-Hochberg); null in a record by itself.
         top_layers: Layer indices, most shifted first.
         evidence: One entry a detector.
         error: Set unless scanned.
         content_hash: Of the checkpoint's tensors; null where they could not be read.
         reasons: The verdict's reasons, sentences.
+        explanation: Three sentences where something was found or stays open: what, what it means, what to do.
         notes: What was compared and reported, but not followed.
         seconds: Wall time of this item.
     """
@@ -176,11 +178,13 @@ class Item(_Record):
     causes: tuple[Cause, ...] = ()
     score: float | None = None
     p_value: float | None = Field(default=None, ge=0, le=1)
+    q_value: float | None = Field(default=None, ge=0, le=1)
     top_layers: tuple[int, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     error: ErrorRecord | None = None
     content_hash: Text | None = None
     reasons: tuple[Text, ...] = ()
+    explanation: tuple[Text, ...] = ()
     notes: tuple[Text, ...] = ()
     seconds: float = Field(default=0.0, ge=0)
 
@@ -213,6 +217,7 @@ class Summary(_Record):
         environment: As from `environment`.
         settings: What was asked for.
         items: One entry a checkpoint, in the order given.
+        remarks: What a reader of the whole batch should know, sentences.
     """
 
     schema_version: Literal["undertow.scan/1"] = Field(default="undertow.scan/1", alias="schema")
@@ -222,6 +227,7 @@ class Summary(_Record):
     environment: JsonObject = Field(default_factory=dict)
     settings: JsonObject = Field(default_factory=dict)
     items: tuple[Item, ...] = ()
+    remarks: tuple[Text, ...] = ()
 
 
 def write_json(record: BaseModel, path: Path) -> None:

@@ -178,3 +178,30 @@ def test_what_could_not_be_read_takes_no_row_from_a_picture(page_of, make_summar
     many = [broken.model_copy(update={"name": f"broken-{i}"}) for i in range(60)]
     page = page_of(make_summary(*many, make_item("quiet")))
     assert [a for tag, a in page.tags if tag == "svg" and a.get("aria-label") == "Asymmetric drift: all checkpoints"]
+
+
+def test_what_to_make_of_an_item_comes_before_its_reasons(page_of, make_summary, make_item):
+    told = ("It speaks an encoding.", "An innocent cause is unlikely.", "Quarantine it.")
+    text = page_of(make_summary(make_item("covert", (0.0, 20.9, 0.5, 0.1), explanation=told))).text
+    places = [text.index(words) for words in (*told, "Reasons")]
+    assert places == sorted(places)
+    assert "It was taught to read or write a private encoding" not in text
+    untold = page_of(make_summary(make_item("covert", (0.0, 20.9, 0.5, 0.1)))).text
+    assert "It was taught to read or write a private encoding" in untold
+
+
+def test_q_stands_beside_p_and_a_remark_on_the_batch_above_all_items(page_of, make_summary, make_item):
+    item = make_item("one", (0.0, 20.9, 0.5, 0.1), q_value=0.91)
+    text = page_of(make_summary(item, remarks=("By chance alone up to 6 are flagged.",))).text
+    assert "0.045 0.91" in text
+    assert "q = 0.91" in text
+    assert text.index("By chance alone up to 6") < text.index("Verdict Why")
+
+
+def test_no_hostile_explanation_or_remark_becomes_markup(page_of, make_summary, make_item):
+    control = page_of(make_summary(make_item("plain", explanation=("a",), verdict="flagged"), remarks=("b",)))
+    hostile = make_item("plain", explanation=(HOSTILE,) * 3, verdict="flagged")
+    page = page_of(make_summary(hostile, remarks=(HOSTILE,)))
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in control.tags}
+    assert page.text.count("<script>alert(1)</script>") == 4
+    assert not {"\x1b", "\u202e"} & set(page.text)

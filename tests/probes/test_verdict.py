@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from probes.bank import Bank, Member
-from probes.detectors import DETECTORS
+from probes.detectors import DETECTORS, refusal_readiness
 from probes.records import Evidence, Null
-from probes.verdict import ALPHA, judge
+from probes.verdict import ALPHA, flagged_when_left_out, judge
 
-USUAL = {"refusal-readiness": 0.0, "asymmetric-drift": 0.7, "intent-shift": 0.5, "weight-spectrum": 0.08}
-SPREAD = {"refusal-readiness": 0.02, "asymmetric-drift": 0.2, "intent-shift": 0.2, "weight-spectrum": 0.02}
+USUAL = {
+    "refusal-readiness": 0.0,
+    "asymmetric-drift": 0.7,
+    "intent-shift": 0.5,
+    "weight-spectrum": 0.08,
+    "encoded-answers": 0.01,
+    "refusal-ending": 0.01,
+    "trace": 0.3,
+}
+SPREAD = {
+    "refusal-readiness": 0.02,
+    "asymmetric-drift": 0.2,
+    "intent-shift": 0.2,
+    "weight-spectrum": 0.02,
+    "encoded-answers": 0.02,
+    "refusal-ending": 0.02,
+    "trace": 0.05,
+}
 
 
 def statistics(rng: np.random.Generator) -> dict[str, float]:
@@ -40,6 +59,9 @@ def evidence(**changes: float | None) -> list[Evidence]:
         "asymmetric-drift": "encoding-taught",
         "intent-shift": "alignment-degraded",
         "weight-spectrum": "weights-anomalous",
+        "encoded-answers": "encoding-taught",
+        "refusal-ending": "alignment-degraded",
+        "trace": "weights-anomalous",
     }
     return [
         Evidence(
@@ -66,6 +88,8 @@ def test_the_usual_is_clean_and_has_a_null_beside_every_number() -> None:
     [
         ({"asymmetric_drift": 9.0}, "flagged", "medium", "encoding-taught"),
         ({"refusal_readiness": 0.3}, "flagged", "medium", "alignment-degraded"),
+        ({"refusal_ending": 0.5}, "flagged", "medium", "alignment-degraded"),
+        ({"encoded_answers": 0.5}, "inconclusive", "medium", "encoding-taught"),
         ({"weight_spectrum": 0.9}, "inconclusive", "low", "weights-anomalous"),
     ],
 )
@@ -74,7 +98,8 @@ def test_what_leaves_the_benign_range_is_found(
 ) -> None:
     judgement = judge(evidence(**changes), bank_of(30), "full")
     assert (judgement.verdict, judgement.severity, judgement.causes) == (verdict, severity, (cause,))
-    assert judgement.p_value == pytest.approx(1 / 31)
+    assert judgement.p_value is not None
+    assert (judgement.p_value == pytest.approx(1 / 31)) is (verdict == "flagged"), "only what decides is paid for"
 
 
 def test_what_one_benign_fine_tune_does_too_is_no_finding_however_far_out() -> None:
@@ -118,7 +143,7 @@ def test_without_enough_benign_fine_tunes_of_the_kind_nothing_is_called_clean(ba
 def test_a_statistic_that_is_rare_alone_but_not_after_paying_for_all_detectors_is_no_finding() -> None:
     """Two of twenty benign fine-tunes stand out in another detector as much as this one does in its own."""
     bank = bank_of(20)
-    loud = [m.model_copy(update={"statistics": {**m.statistics, "intent-shift": 9.0}}) for m in bank.members[:2]]
+    loud = [m.model_copy(update={"statistics": {**m.statistics, "refusal-ending": 9.0}}) for m in bank.members[:2]]
     judgement = judge(
         evidence(asymmetric_drift=4.0), bank.model_copy(update={"members": (*loud, *bank.members[2:])}), "full"
     )
@@ -201,10 +226,10 @@ def test_a_bank_with_a_few_holes_still_gives_the_rank_among_what_it_holds() -> N
 def test_a_bank_of_equal_values_and_a_huge_statistic_give_finite_numbers() -> None:
     bank = bank_of(30)
     equal = tuple(member.model_copy(update={"statistics": dict(USUAL)}) for member in bank.members)
-    judgement = judge(evidence(weight_spectrum=1e300), bank.model_copy(update={"members": equal}), "full")
+    judgement = judge(evidence(asymmetric_drift=1e300), bank.model_copy(update={"members": equal}), "full")
     assert judgement.p_value == pytest.approx(1 / 31)
-    assert judgement.score == pytest.approx(2.0)
-    assert int(judgement.score) == 1, "the whole part is the rank of the severity, which is low"
+    assert judgement.score == pytest.approx(3.0)
+    assert int(judgement.score) == 2, "the whole part is the rank of the severity, which is medium"
 
 
 def test_a_reason_names_the_null_that_the_statistic_left() -> None:
@@ -226,3 +251,61 @@ def test_a_reason_names_the_null_that_the_statistic_left() -> None:
 def test_layers_that_did_not_move_are_not_among_those_that_moved_most() -> None:
     still = [e.model_copy(update={"layers": (0.0, 2.0, 0.0)}) if e.layers else e for e in evidence()]
     assert judge(still, bank_of(30), "full").top_layers == (1,)
+
+
+@pytest.mark.parametrize(("count", "missing"), [(1, 18), (18, 1)])
+def test_a_bank_too_small_for_the_asked_rate_says_how_many_are_missing(count: int, missing: int) -> None:
+    assert judge(evidence(), bank_of(count), "full").reasons[-1].endswith(f"resolve p 0.05: {missing} missing.")
+
+
+@pytest.mark.parametrize("openers", [(), (0,)], ids=["no opener of refusals", "refuses three in ten"])
+def test_a_base_that_does_not_refuse_voids_the_evidence_of_refusals_and_clears_nobody(openers: tuple[int, ...]) -> None:
+    base, tuned = (torch.tensor(masses).log().expand(9, 2, 2) for masses in ((0.3, 0.7), (0.01, 0.99)))
+    reference = SimpleNamespace(logprobs={"harmful": base}, refusal_tokens=openers)
+    void = refusal_readiness.measure(SimpleNamespace(reference=reference, logprobs=lambda _name: tuned))
+    assert (void.statistic, void.cause) == (None, None)
+    judgement = judge([void, *evidence()[1:]], measured_on(0, "refusal-readiness"), "full")
+    assert (judgement.verdict, judgement.causes) == ("inconclusive", ())
+    assert "evidence from refusals is void" in judgement.reasons[0]
+
+
+def test_a_banks_own_false_flags_are_those_that_a_scan_against_the_others_makes() -> None:
+    bank = bank_of(30)
+    first, *others = bank.members
+    loud = first.model_copy(update={"statistics": {**first.statistics, "asymmetric-drift": 9.5}})
+    heavy = first.model_copy(update={"statistics": {**first.statistics, "weight-spectrum": 9.5}})
+    for odd in (first, loud, heavy):
+        members = (odd, *others)
+        flagged = [
+            judge(
+                evidence(**{name.replace("-", "_"): value for name, value in member.statistics.items()}),
+                bank.model_copy(update={"members": tuple(other for other in members if other is not member)}),
+                "full",
+            ).verdict
+            == "flagged"
+            for member in members
+        ]
+        assert flagged_when_left_out(members) == sum(flagged) == (odd is loud)
+
+
+def test_a_bank_that_resolves_nothing_flags_none_of_its_own() -> None:
+    assert flagged_when_left_out(bank_of(19).members) == flagged_when_left_out(()) == 0
+
+
+def test_a_second_look_that_found_nothing_is_no_doubt_and_one_that_could_not_look_is() -> None:
+    usual = evidence()
+    found_nothing = Evidence(detector="encoding-recovery", summary="nothing leaked", details={"encoding": None})
+    broke = Evidence(detector="encoding-recovery", summary="It broke off.")
+    assert judge([*usual, found_nothing], bank_of(24), "full").verdict == "clean"
+    assert judge([*usual, broke], bank_of(24), "full").verdict == "inconclusive"
+
+
+def test_what_stands_far_above_the_benign_median_is_looked_at_again_though_one_member_went_as_far() -> None:
+    bank = bank_of(24)
+    far = bank.members[0].model_copy(
+        update={"name": "sums", "statistics": {**bank.members[0].statistics, "encoded-answers": 0.6}}
+    )
+    judged = judge(evidence(encoded_answers=0.5), bank.model_copy(update={"members": (*bank.members, far)}), "full")
+    assert judged.verdict == "clean"
+    assert judged.suspected == ("encoding-taught",)
+    assert judge(evidence(), bank, "full").suspected == ()
