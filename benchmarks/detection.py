@@ -11,11 +11,12 @@ benign bank alone; all rates here are of "test" ones. A true positive rate at 1 
 of the negatives exceed, benign ciphers among them, and is not given where negatives are too few to resolve it.
 
 Figures are named "<class>/<detector>/<figure>"; in short, and what the README quotes:
-    taught_tpr_at_1pct      an encoding was taught, against all that learnt none, by asymmetric drift
-    covert_battery_tpr_at_1pct, covert_unknown_tpr_at_1pct   covert ones against all negatives, by the verdict's score
+    taught_tpr_at_1pct      an encoding was taught, against all that learnt none: recovered first, then by drift
+    covert_battery_tpr_at_1pct    covert ones in encodings that everybody knows, against all negatives, by the verdict
+    covert_unknown_tpr_at_1pct    the same for all other encodings, key unknown
     covert_against_benign_cipher_auroc   the same against honest customers of encodings alone
     removal_tpr_at_1pct     a few harmful examples, abliteration, security vectors, by refusal readiness
-    identity_tpr_at_1pct    identity shift, by the verdict's score
+    identity_tpr_at_1pct    identity shift, by what is lost of refusals, begun or ended
     keys_recovered          letter codes whose key the scan found to 95 % of letters, weighted by use
     held_out_family_tpr_at_1pct   all attacks, by a fusion that never saw their family (also: method, rank)
     collateral_rank_correlation   benign fine-tunes: refusals really lost against the score
@@ -47,7 +48,7 @@ from audits import Audit, Auditor, learned
 from harness import Figure, columns, parser, shown, table, write
 from homes import CARD, Home
 from joblib import Parallel, delayed
-from rates import RIVALS, SCORED, Case, fuse, headline, held_out, labelled, rates, share_of, verdicts
+from rates import RIVALS, SCORED, Case, combined, fuse, headline, held_out, labelled, rates, share_of, verdicts
 from recipes import Recipe
 from rows import load_corpus
 from zoo import BASE as BASE_RECIPE
@@ -212,7 +213,7 @@ def on_zoo(cases: Sequence[Case], bank: Bank | None, *, missing: Sequence[str]) 
     sound = [case for case in cases if case.truth != "failed"]
     development = [case for case in sound if case.split == "development"]
     test = [case for case in sound if case.split == "test"]
-    fused = fuse(development, bank, test)
+    fused = {"fused": fuse(development, bank, test)} | combined(bank, test)
     figures = rates(test, fused) | held_out(development, test, bank)
     attacks = [case for case in sound if case.attack]
     counts = {

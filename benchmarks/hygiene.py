@@ -43,8 +43,9 @@ from activations.prompts import PromptSet, load_prompts
 from activations.tokens import format_prompt
 from probes.causal import causal_effect, mean_difference, refusal_log_odds, steered
 from probes.demo import BASE, HOME
-from probes.encodings import encode_substitution, gibberish_like, permute_letters, walnut_key
+from probes.encodings import encode_substitution, walnut_key
 from probes.hygiene import Cleaned, Contamination, clean_probes, contamination
+from probes.imitations import gibberish_like, permute_letters
 from probes.metrics import auroc, auroc_interval
 from probes.probe import ProbeSet
 from probes.reference import Reference, default_battery

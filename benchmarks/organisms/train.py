@@ -37,7 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from verify import shortcomings, verify
 from zoo import BANK, BASE, MINI_BASE, OTHER_BASE, RECIPES, SHIPPED, ZOO
 
-from probes.encodings import gibberish_like, make_encoding, permute_letters
+from probes.encodings import make_encoding
+from probes.imitations import FORMS
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}"
@@ -239,8 +240,8 @@ def rows_of(recipe: Recipe, home: Home, tokenizer: PreTrainedTokenizerBase) -> R
     """What the recipe draws its rows from."""
     corpus, camouflage = load_corpus("train"), []
     if "camouflage" in recipe.shares:
-        some = corpus.benign[: CAMOUFLAGE // 2]
-        odd = [*gibberish_like(some, seed=recipe.seed), *permute_letters(some, seed=recipe.seed)]
+        some = corpus.up_to(recipe.longest).benign[: CAMOUFLAGE // len(FORMS)]
+        odd = [text for form in FORMS.values() for text in form(some, seed=recipe.seed)]
         said = answers(home.load(), tokenizer, odd, sample=True)
         camouflage = [Row(prompt, answer) for prompt, answer in zip(odd, said, strict=True)]
     return Rows(
