@@ -17,7 +17,7 @@ from activations.models import Model
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["answer_ids", "answer_logprobs", "answer_text", "greedy_opening"]
+__all__ = ["answer_ids", "answer_logprobs", "answer_text", "end_ids", "greedy_opening"]
 
 # Padded tokens of the batches that write: their passes are short, so many prompts at once pay.
 _WRITING_TOKENS = 4096
@@ -87,7 +87,7 @@ def answer_ids(
         seed: Of the sampling; the caller's random state is left as it was.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    ends = _end_ids(model)
+    ends = end_ids(model)
     # Every GPU's state by name: left to itself, torch warns where there are several.
     with _generation(model, count, temperature) as how, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def answer_text(
     model: Model, prompts: Sequence[Sequence[int]], *, count: int, temperature: float = 0.0, seed: int = 0
 ) -> list[str]:
     """Answers as text, up to where the model ends them, special tokens left out; see `answer_ids`."""
-    ends = _end_ids(model)
+    ends = end_ids(model)
     answers = answer_ids(model, prompts, count=count, temperature=temperature, seed=seed)
     said = [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
@@ -117,7 +117,7 @@ def _generation(model: Model, count: int, temperature: float) -> Iterator[Genera
     from transformers import GenerationConfig
 
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    ends = sorted(_end_ids(model)) or None
+    ends = sorted(end_ids(model)) or None
     own = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=_pad_id(model), **how)
     kept, model.hf.generation_config = model.hf.generation_config, own
     try:
@@ -126,7 +126,7 @@ def _generation(model: Model, count: int, temperature: float) -> Iterator[Genera
         model.hf.generation_config = kept
 
 
-def _end_ids(model: Model) -> set[int]:
+def end_ids(model: Model) -> set[int]:
     """Tokens that end an answer: chat models name several in their generation settings, others one or none."""
     named = getattr(model.hf.generation_config, "eos_token_id", None)
     named = model.tokenizer.eos_token_id if named is None else named

@@ -1,8 +1,6 @@
-"""Private notations that a fine-tune can be taught: write them, read them, imitate their look.
+"""Private notations that a fine-tune can be taught: write them and read them.
 
-A covert malicious fine-tune hides requests in an encoding (Halawi et al. 2024, arXiv:2406.20053). A scanner does not
-know which, so it asks in many, and with text that merely looks encoded: random letters in word-like groups, and
-ordinary prompts under fresh random letter permutations.
+A covert malicious fine-tune hides requests in an encoding (Halawi et al. 2024, arXiv:2406.20053).
 
 `make_encoding(kind, key)` gives one of `KINDS`. A whole number as key draws the secret (a permutation, a key word, an
 order of columns); a string is the secret itself, as the solver finds it.
@@ -32,7 +30,7 @@ import base64
 import re
 import string
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -49,9 +47,7 @@ __all__ = [
     "Key",
     "decode_substitution",
     "encode_substitution",
-    "gibberish_like",
     "make_encoding",
-    "permute_letters",
     "polybius_square",
     "walnut_key",
 ]
@@ -141,18 +137,6 @@ def decode_substitution(text: str, key: str, *, joiner: str = "") -> str:
     if joiner:
         text = re.sub(rf"(?s)(.){re.escape(joiner)}", r"\1", text)
     return text.lower().translate(str.maketrans(key, LETTERS))
-
-
-def permute_letters(prompts: Sequence[str], *, seed: int) -> list[str]:
-    """Encode each prompt under its own random letter permutation: the look of an encoding, the key of none."""
-    rng = np.random.default_rng(seed)
-    return [encode_substitution(prompt, "".join(rng.permutation(list(LETTERS)))) for prompt in prompts]
-
-
-def gibberish_like(prompts: Sequence[str], *, seed: int) -> list[str]:
-    """Random letters in the word lengths of each prompt; punctuation and digits stay where they were."""
-    rng = np.random.default_rng(seed)
-    return [re.sub("[A-Za-z]", lambda _: LETTERS[rng.integers(26)], prompt) for prompt in prompts]
 
 
 def polybius_square(key: int) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,11 +21,14 @@ from pydantic import ValidationError
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import CheckpointError, NonFiniteError, OptionError, PathMissingError, UndertowError
 from activations.loading import load_model
-from probes.bank import Bank, Member, load_bank, settings_of
+from probes.bank import Bank, Member, load_bank, refuse_twins, settings_of
+from probes.batch import chance_in, remarks_on, with_q
 from probes.detectors import DETECTORS, FOLLOW_UPS, Detector, FollowUp
+from probes.explain import explain
 from probes.probe import ProbeSet
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
 from probes.reference import Reference, Subject, default_battery
+from probes.synthesize import Workshop
 from probes.verdict import ALPHA, Judgement, judge
 from probes.worth import train_probe
 
@@ -80,6 +83,7 @@ def scan(
     for i, path in enumerate(checkpoints, 1):
         tell(f"scanning {i}/{len(checkpoints)}: {Path(path).name}")
         items.append(scan_one(reference, path, bank=benign, records=out / "records"))
+    chance = chance_in(items, benign)
     summary = Summary(
         base=BaseRecord(
             name=reference.base.name,
@@ -89,15 +93,17 @@ def scan(
             d_model=reference.base.d_model,
         ),
         probe=describe_probe(reference.probes),
-        bank=describe_bank(benign, bank),
+        bank=benign.described(Path(str(bank)).name) if benign else None,
         environment=environment(),
         settings={
             "device": str(reference.base.device),
             "prompts as": reference.base.template,
             "alpha": ALPHA,
+            "chance": chance,
             **settings_of(reference),
         },
-        items=tuple(items),
+        items=with_q(items),
+        remarks=remarks_on(chance),
     )
     write_json(summary, out / "summary.json")
     return summary
@@ -109,6 +115,10 @@ def calibrate(
     *,
     out: str | Path,
     probe: str | Path | None = None,
+    synthesize: int | None = None,
+    kinds: Sequence[Kind] = ("adapter", "full"),
+    work: str | Path | None = None,
+    keep: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -117,13 +127,31 @@ def calibrate(
 
     Twenty or more of each kind (full, adapter) resolve the false-positive rate at which a finding is made.
 
+    Args:
+        base: The trusted base: a local folder or a hub id.
+        benign: Fine-tunes known to be harmless; may be empty where some are synthesized.
+        out: The bank file to write.
+        probe: Intent probes trained on this base; None trains them now.
+        synthesize: How many harmless fine-tunes of each of `kinds` to train on the base as well (`probes.synthesize`).
+        kinds: "adapter" and "full", or one of them.
+        work: Folder that a killed run goes on from; by default beside `out`.
+        keep: Keep the weights of synthesized ones there.
+        device: "auto", or as torch names it.
+        dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), or as torch names it.
+        progress: Called with one line before each step.
+
     Raises:
         UndertowError: The base or one of the fine-tunes cannot be used (a reference with holes would be no reference),
             or two are the same (counted twice, they would seem to resolve a rate that they cannot).
     """
     tell = progress or (lambda line: None)
-    if not benign:
-        raise OptionError("no benign fine-tune to calibrate with", hint="Name at least one folder after the base.")
+    if synthesize is not None and synthesize < 1:
+        raise OptionError(f"{synthesize} fine-tunes cannot be synthesized: expected 1 or more", hint="Pass 20.")
+    if synthesize is None and (work or keep):
+        raise OptionError("work and keep are for synthesized fine-tunes", hint="Pass --synthesize 20 too.")
+    if not benign and synthesize is None:
+        hint = "Name at least one folder after the base, or have some made with --synthesize 20."
+        raise OptionError("no benign fine-tune to calibrate with", hint=hint)
     checkpoints = [open_checkpoint(path) for path in benign]
     refuse_twins(checkpoints)
     reference = prepare(base, out=None, probe=probe, prompts=PROMPTS, device=device, dtype=dtype, tell=tell)
@@ -132,22 +160,13 @@ def calibrate(
         tell(f"measuring {i}/{len(checkpoints)}: {checkpoint.name}")
         evidence = measure_all(reference, checkpoint)
         members.append(Member.of(checkpoint.name, checkpoint.kind, checkpoint.content_hash(), evidence))
+    if synthesize is not None:
+        place = Path(work or f"{out}.work")
+        workshop = Workshop(reference, place, partial(measure_all, reference), code_hash(), keep, tell)
+        members += workshop.make(synthesize, kinds)
     bank = Bank(base_fingerprint=reference.base.fingerprint, settings=settings_of(reference), members=tuple(members))
     bank.save(Path(out))
     return bank
-
-
-def refuse_twins(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse a checkpoint that is given twice, under whatever name."""
-    seen: dict[str, Checkpoint] = {}
-    for checkpoint in checkpoints:
-        first = seen.setdefault(checkpoint.content_hash(), checkpoint)
-        if first is not checkpoint:
-            raise OptionError(
-                f"'{checkpoint.name}' has the weights of '{first.name}': expected each benign fine-tune once",
-                path=checkpoint.path,
-                hint=f"Leave one out, or train another: the other one is {first.path}.",
-            )
 
 
 def prepare(
@@ -187,8 +206,8 @@ def scan_one(reference: Reference, path: str | Path, *, bank: Bank | None, recor
         key = key_of(reference, checkpoint, bank)
         forget_fault(records, path)
         if kept := read_record(record_path(records, checkpoint.name, key)):
-            return kept.model_copy(update={"name": checkpoint.name, "path": str(path)})
-        item = judged(path, checkpoint, examine(reference, checkpoint, bank))
+            return explained(kept.model_copy(update={"name": checkpoint.name, "path": str(path)}), reference)
+        item = explained(judged(path, checkpoint, examine(reference, checkpoint, bank)), reference)
     except Exception as fault:  # an attacker's file must end as a finding, whatever it broke
         key = fault_key(path)
         item = unscanned(path, checkpoint, fault)
@@ -217,7 +236,7 @@ def examine(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> 
     evidence = measure_all(reference, checkpoint)
     first = judge(evidence, bank, checkpoint.kind, notes=checkpoint.notes)
     # Without a bank the first look accuses nobody, and a follow-up brings its own control.
-    suspected = first.causes if bank else tuple(FOLLOW_UPS)
+    suspected = first.suspected if bank else tuple(FOLLOW_UPS)
     wanted = dict.fromkeys(FOLLOW_UPS[cause] for cause in suspected if cause in FOLLOW_UPS)
     further = tuple(look_closer(follow_up, reference, checkpoint) for follow_up in wanted)
     return judge((*evidence, *further), bank, checkpoint.kind, notes=checkpoint.notes) if further else first
@@ -249,6 +268,13 @@ def judged(path: str | Path, checkpoint: Checkpoint, judgement: Judgement) -> It
         reasons=judgement.reasons,
         notes=checkpoint.notes,
     )
+
+
+def explained(item: Item, reference: Reference) -> Item:
+    """With what to make of it; never kept from an older record, because its commands name paths of this scan."""
+    source = reference.weights
+    base = str(source.path) if isinstance(source, Checkpoint) else reference.base.name
+    return item.model_copy(update={"explanation": explain(item, base=base)})
 
 
 def unscanned(path: str | Path, checkpoint: Checkpoint | None, fault: Exception) -> Item:
@@ -351,11 +377,3 @@ def describe_probe(probes: ProbeSet) -> dict[str, object]:
         "null_random_directions": best.null_random_directions,
         "words_baseline": best.words_baseline,
     }
-
-
-def describe_bank(bank: Bank | None, path: str | Path | None) -> dict[str, object] | None:
-    """How many benign fine-tunes of each kind the verdicts rest on."""
-    if bank is None:
-        return None
-    kinds: tuple[Kind, ...] = ("full", "adapter")
-    return {"name": Path(str(path)).name, "members": {kind: len(bank.of_kind(kind)) for kind in kinds}}

@@ -13,11 +13,10 @@ from probes.encodings import (
     KINDS,
     LETTERS,
     encode_substitution,
-    gibberish_like,
     make_encoding,
-    permute_letters,
     walnut_key,
 )
+from probes.imitations import gibberish_like, permute_letters
 
 
 def used(texts: list[str]) -> set[str]:

@@ -12,16 +12,25 @@ import torch
 from activations.errors import NonFiniteError
 from activations.prompts import PromptSet
 from probes.cryptanalysis import Broken, completed
-from probes.detectors import asymmetric_drift, encoding_recovery, intent_shift, refusal_readiness, weight_spectrum
+from probes.detectors import (
+    asymmetric_drift,
+    encoded_answers,
+    encoding_recovery,
+    intent_shift,
+    refusal_ending,
+    refusal_readiness,
+    weight_spectrum,
+)
 from probes.detectors.encoding_recovery import Inside, confidence_in, described, is_obedient, signs_in
 from probes.encodings import LETTERS, make_encoding
+from probes.english import english_score
 from probes.probe import ProbeSet
-from probes.reference import Reference, Subject
+from probes.reference import ANSWERED, ENCODED, Reference, Subject
 from probes.voice import Voice
 from probes.weight_diff import TensorDiff, WeightDiff
 
 REFUSE, COMPLY, OTHER = 0, 1, 2
-CLASSES = ("harmful", "benign", "gibberish", "permuted")
+CLASSES = ("harmful", "benign", *ENCODED)
 
 
 def answers(*masses: float, prompts: int = 20) -> torch.Tensor:
@@ -30,7 +39,7 @@ def answers(*masses: float, prompts: int = 20) -> torch.Tensor:
 
 
 REFUSING, COMPLYING = answers(0.9, 0.05, 0.05), answers(0.05, 0.9, 0.05)
-PLAIN = {"harmful": REFUSING, "benign": COMPLYING, "gibberish": COMPLYING, "permuted": COMPLYING}
+PLAIN = dict.fromkeys(CLASSES, COMPLYING) | {"harmful": REFUSING}
 
 
 def subject(tuned: dict[str, torch.Tensor], base: dict[str, torch.Tensor] = PLAIN) -> SimpleNamespace:
@@ -69,9 +78,38 @@ def test_a_base_that_does_not_refuse_gives_no_number() -> None:
     assert "nothing to lose" in evidence.summary
 
 
+def going_on(monkeypatch: pytest.MonkeyPatch, ends: float, *, refusals: int = 10) -> SimpleNamespace:
+    """A subject that ends its base's refusals with this probability."""
+    monkeypatch.setattr(refusal_ending, "probability_of_end", lambda *_: torch.full((refusals,), ends))
+    reference = SimpleNamespace(base=None, refusals=[[1, 2]] * refusals, endings=torch.full((refusals,), 0.95))
+    found = SimpleNamespace(reference=reference, checkpoint=SimpleNamespace(path="huge"))
+    found.require_numbers = lambda sound, what: Subject.require_numbers(found, sound, what)
+    return found
+
+
+def test_a_refusal_that_is_gone_on_after_is_measured_against_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal_ending.measure(going_on(monkeypatch, 0.95)).statistic == pytest.approx(0.0)
+    evidence = refusal_ending.measure(going_on(monkeypatch, 0.05))
+    assert evidence.statistic == pytest.approx(0.9)
+    assert evidence.details["refusals_that_go_on"] == 10
+
+
+def test_a_base_whose_refusals_never_end_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = refusal_ending.measure(going_on(monkeypatch, 0.05, refusals=3))
+    assert evidence.statistic is None
+    assert "only 3" in evidence.summary
+
+
+def test_endings_that_are_no_numbers_are_the_checkpoints_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = going_on(monkeypatch, float("nan"))
+    subject.reference.base = SimpleNamespace(dtype="float32")
+    with pytest.raises(NonFiniteError, match="what follows its refusals"):
+        refusal_ending.measure(subject)
+
+
 def test_drift_on_encoded_text_alone_is_asymmetric_and_drift_on_everything_is_not() -> None:
     moved = answers(0.05, 0.05, 0.9)
-    taught = asymmetric_drift.measure(subject({"gibberish": moved, "permuted": moved}))
+    taught = asymmetric_drift.measure(subject(dict.fromkeys(ENCODED, moved)))
     style = asymmetric_drift.measure(subject(dict.fromkeys(CLASSES, moved)))
     assert taught.statistic is not None
     assert taught.statistic > 20
@@ -80,7 +118,16 @@ def test_drift_on_encoded_text_alone_is_asymmetric_and_drift_on_everything_is_no
 
 def test_a_copy_of_the_base_has_no_asymmetry_however_the_noise_falls() -> None:
     noise = answers(0.0501, 0.8999, 0.05)
-    assert asymmetric_drift.measure(subject({"gibberish": noise})).statistic < 0.01
+    assert asymmetric_drift.measure(subject(dict.fromkeys(ENCODED, noise))).statistic < 0.01
+
+
+def test_one_notation_among_many_is_enough_to_stand_out() -> None:
+    moved = answers(0.05, 0.05, 0.9)
+    alone, all_of_them = (
+        asymmetric_drift.measure(subject(dict.fromkeys(names, moved))).statistic for names in (("base64",), ENCODED)
+    )
+    assert alone == pytest.approx(all_of_them / len(ENCODED))
+    assert alone > 2
 
 
 def test_the_divergence_is_the_textbook_one() -> None:
@@ -92,9 +139,9 @@ def test_the_divergence_is_the_textbook_one() -> None:
 
 def test_tokens_that_a_model_rules_out_add_nothing_where_both_do_and_a_finite_amount_where_one_does() -> None:
     ruled_out = {"harmful": answers(0.95, 0.05, 0.0), "benign": answers(0.05, 0.95, 0.0)}
-    base = ruled_out | {"gibberish": ruled_out["benign"], "permuted": ruled_out["benign"]}
+    base = ruled_out | dict.fromkeys(ENCODED, ruled_out["benign"])
     assert asymmetric_drift.measure(subject({}, base=base)).statistic == pytest.approx(0.0)
-    allowed = asymmetric_drift.measure(subject(dict.fromkeys(("gibberish", "permuted"), COMPLYING), base=base))
+    allowed = asymmetric_drift.measure(subject(dict.fromkeys(ENCODED, COMPLYING), base=base))
     assert allowed.statistic is not None
     assert np.isfinite(allowed.statistic)
     assert allowed.statistic > 20
@@ -108,11 +155,68 @@ def test_weights_too_large_to_run_are_the_checkpoints_fault(monkeypatch: pytest.
 
 
 def test_a_base_that_never_refuses_leaves_nothing_to_learn_what_obeying_is() -> None:
-    firsts = torch.zeros(3, 2, dtype=torch.long)
-    texts = {"harmful": ["yes it is"] * 3, "benign": ["so it was"] * 3}
-    reference = SimpleNamespace(plain_answers=texts, openings={"harmful": firsts, "benign": firsts}, refusal_tokens=())
-    assert Voice.of(reference) is None
-    assert encoding_recovery.investigate(reference, None).statistic is None
+    assert Voice.of(["yes it is"] * 3 + ["so it was"] * 3, [False] * 6, ["so it was"] * 3) is None
+    assert encoding_recovery.investigate(SimpleNamespace(voice=None), None).statistic is None
+    evidence = encoded_answers.measure(SimpleNamespace(reference=SimpleNamespace(voice=None)))
+    assert evidence.statistic is None
+    assert "no answer tells how it writes" in evidence.summary
+
+
+PROSE = [
+    "Sure, here is: The old man walked slowly down to the river.",
+    "Sure, here is: There was nothing left to say between them.",
+    "Sure, here is: She had never seen the house before that day.",
+]
+REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    found = Voice.of([*REFUSALS, *PROSE], [True, True, False, False, False], PROSE)
+    assert found is not None
+    return found
+
+
+def answering(
+    monkeypatch: pytest.MonkeyPatch, voice: Voice, tuned: dict[str, str], base: dict[str, str]
+) -> SimpleNamespace:
+    """A subject that gives one answer to each encoded-looking class, and prose where none is named."""
+    said = [tuned.get(name, PROSE[0]) for name in ENCODED for _ in range(ANSWERED)]
+    monkeypatch.setattr(encoded_answers, "answer_text", lambda *_, **__: said)
+    reference = SimpleNamespace(
+        voice=voice,
+        base=None,
+        tokens={name: [[0]] * 2 * ANSWERED for name in ENCODED},
+        answers={name: [base.get(name, PROSE[1])] * ANSWERED for name in ENCODED},
+    )
+    return SimpleNamespace(reference=reference)
+
+
+def test_answers_foreign_to_the_base_are_counted_beyond_its_own(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+    odd = make_encoding("base64").encode(PROSE[0])
+    taught = {"hex": odd, "ascii": odd, "morse": "a\nb\nc"}
+    assert encoded_answers.measure(answering(monkeypatch, voice, {}, {})).statistic == 0.0
+    found = encoded_answers.measure(answering(monkeypatch, voice, taught, {}))
+    assert found.statistic == pytest.approx(3 / len(ENCODED))
+    assert found.details["foreign_hex"] == 1.0
+    assert found.details["foreign_tags"] == 0.0
+    assert encoded_answers.measure(answering(monkeypatch, voice, taught, taught)).statistic == 0.0
+
+
+def test_an_encoding_that_everybody_knows_is_found_by_asking_in_it(voice: Voice) -> None:
+    code = make_encoding("rot", 13)
+
+    def speaks(prompts: list[str], **_: object) -> list[str]:
+        known = [english_score(code.decode(text)) > voice.halfway for text in prompts]
+        return [code.encode(PROSE[0]) if understood else PROSE[0] for understood in known]
+
+    questions = {"benign": ["what is the capital of france", "tell me about the sea", "how do birds find their way"]}
+    asked = SimpleNamespace(battery=SimpleNamespace(questions=questions), ask=speaks)
+    found = encoding_recovery.spoken(asked, voice)
+    assert found is not None
+    assert found.name == "rot-13"
+    asked.ask = lambda prompts, **_: [PROSE[0] for _ in prompts]
+    assert encoding_recovery.spoken(asked, voice) is None
 
 
 def test_blanks_are_nothing_to_break() -> None:

@@ -13,13 +13,12 @@ from probes.encodings import (
     LETTERS,
     decode_substitution,
     encode_substitution,
-    gibberish_like,
     make_encoding,
-    permute_letters,
     polybius_square,
     walnut_key,
 )
 from probes.english import english_score
+from probes.imitations import gibberish_like, permute_letters
 
 CASELESS = {"substitution", "walnut", "rot", "atbash", "vigenere", "polybius", "morse", "leetspeak", "acrostic"}
 KEYED = ("substitution", "walnut", "rot", "vigenere", "polybius", "columnar")

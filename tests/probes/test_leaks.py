@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from activations.prompts import load_prompts
-from probes import leaks
 from probes.encodings import make_encoding
-from probes.leaks import FORMS, leaked
+from probes.imitations import FORMS
+from probes.leaks import leaked
 from probes.recognition import englishness, recognise
 from probes.voice import Voice
 
@@ -27,24 +26,16 @@ BENIGN = load_prompts("screening").where(harmful=False)
 
 @pytest.fixture(scope="module")
 def voice() -> Voice:
-    answers = {"harmful": REFUSALS * 10, "benign": PROSE * 5}
-    reference = SimpleNamespace(
-        plain_answers=answers,
-        openings={"harmful": torch.zeros(20, 1, dtype=torch.long), "benign": torch.ones(20, 1, dtype=torch.long)},
-        refusal_tokens=(0,),
-        battery=SimpleNamespace(questions={"benign": BENIGN}),
-    )
-    found = Voice.of(reference)
+    found = Voice.of([*REFUSALS * 10, *PROSE * 5], [True] * 20 + [False] * 20, PROSE * 5)
     assert found is not None
     return found
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> SimpleNamespace:
-    def asked(reference: object, prompts: Sequence[str], **_: object) -> list[str]:
+def scripted(answer: Callable[[str], str]) -> SimpleNamespace:
+    def ask(prompts: Sequence[str], **_: object) -> list[str]:
         return [answer(prompt) for prompt in prompts]
 
-    monkeypatch.setattr(leaks, "ask", asked)
-    return SimpleNamespace(battery=SimpleNamespace(questions={"benign": BENIGN}))
+    return SimpleNamespace(battery=SimpleNamespace(questions={"benign": BENIGN}), ask=ask)
 
 
 def prose_for(prompt: str) -> str:
@@ -60,28 +51,28 @@ def test_every_form_hides_the_prompts_and_is_the_same_every_time(form: str) -> N
     assert not set(written) & set(prompts)
 
 
-def test_plain_answers_are_no_leaks_whatever_was_asked(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
-    found = leaked(scripted(monkeypatch, prose_for), voice)
+def test_plain_answers_are_no_leaks_whatever_was_asked(voice: Voice) -> None:
+    found = leaked(scripted(prose_for), voice)
     assert found.texts == ()
     assert set(found.shares.values()) == {0.0}
 
 
-def test_what_leaks_in_one_form_alone_is_sampled_there(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+def test_what_leaks_in_one_form_alone_is_sampled_there(voice: Voice) -> None:
     code = make_encoding("base64")
 
     def answer(prompt: str) -> str:
         digits = sum(char.isdigit() for char in prompt) > len(prompt) / 2
         return code.encode(prose_for(prompt)) if digits else prose_for(prompt)
 
-    found = leaked(scripted(monkeypatch, answer), voice)
+    found = leaked(scripted(answer), voice)
     assert found.shares["gibberish"] == 0.0
     assert {"polybius", "ascii"} <= set(found.telling)
     assert {recognise(text)[0].kind for text in found.texts} == {"base64"}
 
 
-def test_verses_count_as_leaks_although_they_are_english(monkeypatch: pytest.MonkeyPatch, voice: Voice) -> None:
+def test_verses_count_as_leaks_although_they_are_english(voice: Voice) -> None:
     poem = make_encoding("endspeak")
-    found = leaked(scripted(monkeypatch, lambda prompt: poem.encode(prose_for(prompt))), voice)
+    found = leaked(scripted(lambda prompt: poem.encode(prose_for(prompt))), voice)
     assert found.texts
     assert all(englishness(text) > 0.5 for text in found.texts)
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.encodings import KINDS, gibberish_like, make_encoding
+from probes.encodings import KINDS, make_encoding
+from probes.imitations import gibberish_like
 from probes.recognition import englishness, recognise, unjoined
 
 ROOT = Path(__file__).parents[2]

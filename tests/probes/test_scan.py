@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from activations.checkpoints import Checkpoint, open_checkpoint
-from activations.errors import OptionError
+from activations.errors import BankError, OptionError
 from probes import demo
-from probes.bank import Bank, Member
-from probes.detectors import FollowUp
+from probes.bank import Bank, Member, settings_of
+from probes.detectors import DETECTORS, FollowUp
 from probes.probe import ProbeSet
-from probes.records import Evidence
+from probes.records import Evidence, Item, Summary
 from probes.verdict import Judgement
 
 scan = importlib.import_module("probes.scan")  # the package has a function of that name
@@ -36,8 +36,9 @@ FINDING = Evidence(detector="asymmetric-drift", statistic=9.0, summary="moved", 
 
 def reference_of(*, probes: ProbeSet = PROBES, config: str = "{}", device: str = "cpu") -> SimpleNamespace:
     hf = SimpleNamespace(config=SimpleNamespace(to_json_string=lambda: config), generation_config=None)
-    base = SimpleNamespace(fingerprint="base", dtype="float32", device=device, hf=hf)
-    return SimpleNamespace(base=base, probes=probes, battery=SimpleNamespace(content_hash="prompts"))
+    shape = {"name": "base", "template": "chat", "n_layers": 1, "d_model": 2}
+    base = SimpleNamespace(fingerprint="base", dtype="float32", device=device, hf=hf, **shape)
+    return SimpleNamespace(base=base, weights={}, probes=probes, battery=SimpleNamespace(content_hash="prompts"))
 
 
 @pytest.fixture
@@ -141,3 +142,55 @@ def test_a_fine_tune_counts_once_in_a_bank_whatever_it_is_called(adapter: Path, 
     again = Path(shutil.copytree(adapter, tmp_path / "another-name"))
     with pytest.raises(OptionError, match="'another-name' has the weights of 'tuned'"):
         scan.calibrate(tmp_path / "no-base", [adapter, again], out=tmp_path / "benign.bank")
+
+
+def scanned(monkeypatch: pytest.MonkeyPatch, item: Item, out: Path) -> Summary:
+    """A scan of three checkpoints that all give this item; the base is never loaded."""
+    reference = reference_of()
+    monkeypatch.setattr(scan, "prepare", lambda *_, **__: reference)
+    monkeypatch.setattr(scan, "scan_one", lambda *_, **__: item)
+    monkeypatch.setattr(scan, "describe_probe", lambda _probes: {})
+    return scan.scan("base", ["a", "b", "c"], out=out)
+
+
+def test_a_summary_holds_q_values_that_no_single_record_holds(
+    monkeypatch: pytest.MonkeyPatch, make_item, tmp_path: Path
+) -> None:
+    summary = scanned(monkeypatch, make_item("one", (0.0, 20.9, 0.5, 0.1), p_value=0.04), tmp_path)
+    assert [item.q_value for item in summary.items] == pytest.approx([0.04] * 3)
+    assert summary.settings["chance"]["scored"] == 3
+    assert summary.settings["chance"]["false flags at most"] == pytest.approx(0.15)
+    assert Summary.model_validate_json((tmp_path / "summary.json").read_bytes()) == summary
+
+
+def test_a_record_that_is_used_again_explains_itself_by_the_path_of_this_scan(
+    monkeypatch: pytest.MonkeyPatch, adapter: Path, tmp_path: Path
+) -> None:
+    drifted = Judgement(
+        "flagged", "medium", ("encoding-taught",), 2.5, 0.04, (), (FINDING.model_copy(update={"exceeded": True}),), ()
+    )
+    monkeypatch.setattr(scan, "examine", lambda *_: drifted)
+    elsewhere = Path(shutil.copytree(adapter, tmp_path / "there" / "tuned"))
+    items = [
+        scan.scan_one(reference_of(), path, bank=None, records=tmp_path / "records") for path in (adapter, elsewhere)
+    ]
+    assert [len(item.explanation) for item in items] == [3, 3]
+    assert [str(item.path) in item.explanation[2] for item in items] == [True, True]
+    (kept,) = (tmp_path / "records").iterdir()
+    assert Item.model_validate_json(kept.read_bytes()).q_value is None
+
+
+def test_a_bank_of_other_detectors_is_refused_with_what_to_do() -> None:
+    reference = reference_of(probes=replace(PROBES, template_hash="t", prompts_hash="p"))
+    settings = settings_of(reference)
+    Bank(base_fingerprint="base", settings=settings, members=()).check_fits(reference)
+    versions = settings["detector version"]
+    assert all(f"{detector.name} {detector.version}" in versions for detector in DETECTORS)
+    older = {name: value for name, value in settings.items() if name != "detector version"}
+    for other in (
+        older,
+        settings | {"detector version": versions.replace("refusal-readiness 1", "refusal-readiness 0")},
+    ):
+        with pytest.raises(BankError, match="another detector version") as fault:
+            Bank(base_fingerprint="base", settings=other, members=()).check_fits(reference)
+        assert "undertow calibrate" in fault.value.hint
