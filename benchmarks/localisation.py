@@ -97,11 +97,10 @@ def main() -> None:
     gigabytes = options.gigabytes or (0.2 if options.quick else 10.0)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        figures = cost(work, gigabytes, quick=options.quick)
         if options.cost:
-            return write(figures, options.json)
+            return write(cost(work, gigabytes, quick=options.quick), options.json)
         cases, false = accuracy(work, quick=options.quick, steps=options.steps or (60 if options.quick else 120))
-    figures = summary(cases, false) | figures
+        figures = summary(cases, false) | cost(work, gigabytes, quick=options.quick)
     table = [
         {"setting": c.setting, "planted": c.planted, "loss": c.loss, "carriers": c.carriers, "shifted": c.shifted}
         | c.rankings
