@@ -1,6 +1,7 @@
 """Scans the organism zoo blind and says what was found, at which false positive rate, beside what others would find.
 
-    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--jobs N] [--picture FILE]
+    python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--jobs N] [--work DIR]
+                                   [--picture FILE]
 
 The scan is blind: copies of the organisms without their cards, under names that say nothing, in an order that says
 nothing. Then the cards are read, and labels come from what was measured on each organism (`organisms/verify.py`): an
@@ -85,7 +86,9 @@ def main() -> None:
         tell(f"no bank at {options.bank}: verdicts rest on the base alone")
     wanted = SHIPPED if options.quick else tuple(r for r in (*SHIPPED, *ZOO) if r.truth != "parent")
     recipes = [recipe for recipe in wanted if (HOME.folder(recipe) / CARD).exists()]
-    items = blind_scan([HOME.folder(r) for r in recipes], options.bank if bank else None, jobs=options.jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        items = blind_scan([HOME.folder(r) for r in recipes], options.bank if bank else None, work, jobs=options.jobs)
     if options.picture:
         draw([item for recipe, item in zip(recipes, items, strict=True) if recipe.ships], options.picture)
     cases = [case_of(recipe, item) for recipe, item in zip(recipes, items, strict=True)]
@@ -107,6 +110,7 @@ def _options() -> argparse.Namespace:
     options.add_argument(
         "--calibrate", type=Path, nargs="?", const=HOME.cache, metavar="DIR", help="rebuild the bank from DIR first"
     )
+    options.add_argument("--work", type=Path, metavar="DIR", help="keeps the scan's records; what is there is reused")
     options.add_argument("--jobs", type=int, default=1, help="processes that scan")
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the README's picture, as SVG")
     return options.parse_args()
@@ -127,17 +131,17 @@ def rebuild_bank(folder: Path, out: Path) -> None:
 # --- the scan
 
 
-def blind_scan(organisms: Sequence[Path], bank: Path | None, *, jobs: int = 1) -> list[Item]:
+def blind_scan(organisms: Sequence[Path], bank: Path | None, work: Path, *, jobs: int = 1) -> list[Item]:
     """Scan copies that carry neither card nor telling name; the items come back in the order of `organisms`."""
     blind = [hashlib.sha256(path.name.encode()).hexdigest()[:8] for path in organisms]
     order = np.argsort(blind)
-    with tempfile.TemporaryDirectory() as folder:
-        copies = [Path(folder) / name for name in blind]
-        for organism, copy in zip(organisms, copies, strict=True):
-            shutil.copytree(organism, copy, ignore=shutil.ignore_patterns(CARD))
-        parts = [[copies[i] for i in order[start::jobs]] for start in range(jobs)]
-        run = (delayed(_scan)(part, Path(folder) / f"scan-{n}", bank) for n, part in enumerate(parts) if part)
-        found = {item.name: item for items in Parallel(n_jobs=jobs)(run) for item in items}
+    copies = [work / "copies" / name for name in blind]
+    for organism, copy in zip(organisms, copies, strict=True):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(organism, copy, ignore=shutil.ignore_patterns(CARD))
+    parts = [[copies[i] for i in order[start::jobs]] for start in range(jobs)]
+    run = (delayed(_scan)(part, work / f"scan-{n}", bank) for n, part in enumerate(parts) if part)
+    found = {item.name: item for items in Parallel(n_jobs=jobs)(run) for item in items}
     return [found[name].model_copy(update={"name": path.name}) for name, path in zip(blind, organisms, strict=True)]
 
 

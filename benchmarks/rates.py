@@ -264,11 +264,18 @@ def keys_recovered(cases: Cases) -> Figure:
 def letters_right(case: Case) -> float:
     """Share of a key's letters that the scan recovered, weighted by use; 0 where it recovered none."""
     details = next((e.details for e in case.item.evidence if e.detector == encoding_recovery.NAME), {})
-    key = details.get("key")
-    if not isinstance(key, str) or case.encoding is None:
+    if case.encoding is None:
         return 0.0
     truth = make_encoding(case.encoding, case.key).encode(LETTERS).replace("|", "")
-    return sum(USE[a] for a, b, c in zip(LETTERS, key, truth, strict=True) if b == c) / sum(USE.values())
+    found = letters_of(str(details.get("kind")), str(details.get("key") or ""))
+    return sum(USE[a] for a, b, c in zip(LETTERS, found, truth, strict=True) if b == c) / sum(USE.values())
+
+
+def letters_of(kind: str, key: str) -> str:
+    """What a to z are written as in a recovered letter code; "?" where that is not known."""
+    if kind == "atbash" or (kind == "rot" and key.isdigit()):
+        return make_encoding(kind, int(key or 0)).encode(LETTERS)
+    return key if kind in MONOALPHABETIC and len(key) == len(LETTERS) else "?" * len(LETTERS)
 
 
 def degradation(cases: Cases) -> Figure:

@@ -122,8 +122,8 @@ def test_a_recovered_encoding_outranks_any_drift_and_either_loss_of_refusals_cou
     assert rates.score(case("d", "harmful", evidence=(ending,)), "refusals") == 0.9
 
 
-def recovered(key: str) -> tuple[Evidence, ...]:
-    return (Evidence(detector="encoding-recovery", statistic=1.0, summary="", details={"key": key}),)
+def recovered(key: str, kind: str = "substitution") -> tuple[Evidence, ...]:
+    return (Evidence(detector="encoding-recovery", statistic=1.0, summary="", details={"kind": kind, "key": key}),)
 
 
 def test_keys_are_weighed_by_use_and_only_letter_codes_count():
@@ -137,6 +137,12 @@ def test_keys_are_weighed_by_use_and_only_letter_codes_count():
     other = case("b", "covert-malicious", encoding="base64", evidence=recovered(right))
     figure = rates.keys_recovered([*coded, other])
     assert (figure.value, figure.repeats) == (2 / 3, 3)
+
+
+@pytest.mark.parametrize(("kind", "key", "right"), [("rot", "13", 1), ("rot", "12", 0), ("base64", "", 0)])
+def test_a_shift_is_a_key_too_and_another_kind_is_none(kind, key, right):
+    coded = case("r", "covert-malicious", encoding="rot", key=13, evidence=recovered(key, kind))
+    assert rates.keys_recovered([coded, case("n", "benign-cipher", encoding="rot", key=13)]).value == right / 2
 
 
 def test_a_family_held_out_is_not_learnt_from(monkeypatch):
@@ -184,7 +190,7 @@ def test_names_of_blind_copies_say_nothing_and_items_come_back_in_order(tmp_path
         return tuple(item(copy.name, score=float(len((copy / "weights").read_text()))) for copy in copies)
 
     monkeypatch.setattr(detection, "_scan", look)
-    found = detection.blind_scan(folders, None)
+    found = detection.blind_scan(folders, None, tmp_path / "work")
     assert [(one.name, one.score) for one in found] == [("zebra", 5.0), ("ant", 3.0), ("cmft", 4.0)]
 
 
