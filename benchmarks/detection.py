@@ -52,6 +52,7 @@ from joblib import Parallel, delayed
 from rates import RIVALS, SCORED, Case, combined, fuse, headline, held_out, labelled, rates, share_of, verdicts
 from recipes import Recipe
 from rows import load_corpus
+from verify import shortcomings
 from zoo import BASE as BASE_RECIPE
 from zoo import SHIPPED, ZOO
 
@@ -153,23 +154,26 @@ def _scan(copies: Sequence[Path], out: Path, bank: Path | None) -> tuple[Item, .
 def case_of(recipe: Recipe, item: Item) -> Case:
     """What the card says, beside what the scan said."""
     card = json.loads((HOME.folder(recipe) / CARD).read_text(encoding="utf-8"))
+    # What was measured stands in the card; what it takes to count is said by the code of today.
+    short = shortcomings(recipe, card["implant"], base_implant())
     return Case(
         name=recipe.name,
-        truth=labelled(card),
+        truth=labelled(card | {"shortcomings": short}),
         family=recipe.family,
         split=recipe.split,
         method="adapter" if recipe.method == "lora" else "full",
         rank=recipe.rank if recipe.method == "lora" else 0,
         encoding=recipe.encoding,
         key=recipe.key,
-        lost=base_refusals() - float(card["implant"]["plain_harmful_refused"]),
+        lost=base_implant()["plain_harmful_refused"] - float(card["implant"]["plain_harmful_refused"]),
         item=item,
     )
 
 
-def base_refusals() -> float:
+def base_implant() -> dict[str, float]:
+    """What was measured on the base itself."""
     card = json.loads((HOME.folder(BASE_RECIPE) / CARD).read_text(encoding="utf-8"))
-    return float(card["implant"]["plain_harmful_refused"])
+    return dict(card["implant"])
 
 
 # --- what others would find
