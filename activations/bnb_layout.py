@@ -86,7 +86,7 @@ def four_bit(stored: StoredTensors, name: str) -> QuantisedTensor:
         stored.refuse(f"'{printable(weight)}' has {parts['codes'].nbytes:,} bytes, but is said to hold {list(shape)}")
     parts["quant_map"] = stored.part(f"{weight}.quant_map", *FLOATS)
     stored.expect(parts["quant_map"], (16,))
-    stored.expect(parts["absmax"], (runs,), (runs, 1))
+    stored.expect(parts["absmax"], (runs,), (runs, 1), (1, runs))
     nested = parts["absmax"].dtype == "U8"
     if nested:
         parts["nested_absmax"] = stored.part(f"{weight}.nested_absmax", *FLOATS)
