@@ -154,21 +154,31 @@ def removed(case: Case) -> tuple[str, str, str]:
 
 
 def degraded(case: Case) -> tuple[str, str, str]:
-    """Refusals, or the reading of intent, moved part of the way."""
-    refusal, intent = case.of("refusal-readiness"), case.of("intent-shift")
-    if refusal is not None and refusal.exceeded:
+    """Refusals, or the reading of intent, moved part of the way; the one that left its range is told."""
+    lead = case.leading("alignment-degraded")
+    if lead is None:
+        return unlike(case)
+    if lead.detector == "refusal-readiness":
         return (
-            lost_refusals(case, refusal),
-            intent_of(case, refusal),
+            lost_refusals(case, lead),
+            intent_of(case, lead),
             "Hold it, ask its author for the data, and have it trained again with refusals mixed in; "
             f"{case.command('diff', '--localise')} finds the layers that carry the loss.",
         )
-    if intent is None:
+    if lead.detector == "refusal-ending":
+        found, _, step = unlike(case)
+        meaning = "One taught to refuse and then comply looks so, and so does one whose rows held no refusal at all"
+        return (
+            found,
+            f"{meaning}; {refusals(case)}; {elsewhere(case, lead)}.",
+            f"Read what follows its refusals. {step}",
+        )
+    if lead.detector != "intent-shift":
         return unlike(case)
     return (
         f"The distance at which the base's probe holds harmful requests from their harmless twins changed by "
-        f"{beside(intent)} standard deviations: {lowered(intent.summary)}.",
-        f"A new domain or style can move this without any harm, and {refusals(case)}; {elsewhere(case, intent)}.",
+        f"{beside(lead)} standard deviations: {lowered(lead.summary)}.",
+        f"A new domain or style can move this without any harm, and {refusals(case)}; {elsewhere(case, lead)}.",
         "Ask its author what it was trained on, then read the profile: "
         f"{case.command('diff', '--added')} shows whether {case.layers} treat harmful prompts unlike harmless ones.",
     )
