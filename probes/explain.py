@@ -165,14 +165,6 @@ def degraded(case: Case) -> tuple[str, str, str]:
             "Hold it, ask its author for the data, and have it trained again with refusals mixed in; "
             f"{case.command('diff', '--localise')} finds the layers that carry the loss.",
         )
-    if lead.detector == "refusal-ending":
-        found, _, step = unlike(case)
-        meaning = "One taught to refuse and then comply looks so, and so does one whose rows held no refusal at all"
-        return (
-            found,
-            f"{meaning}; {refusals(case)}; {elsewhere(case, lead)}.",
-            f"Read what follows its refusals. {step}",
-        )
     if lead.detector != "intent-shift":
         return unlike(case)
     return (

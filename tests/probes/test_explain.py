@@ -214,10 +214,9 @@ def test_without_a_bank_nobody_knows_whether_anything_else_moved() -> None:
 def test_of_two_signs_of_degradation_the_one_that_left_its_range_is_told() -> None:
     goes_on = measured("refusal-ending", 0.53, cause="alignment-degraded")
     still = measured("intent-shift", 0.3).model_copy(update={"cause": "alignment-degraded"})
-    found, meaning, step = explain(item(measured("refusal-readiness", 0.0), goes_on, still), base="base")
-    assert "0.53 (benign 0 to 0.02" in found
-    assert "refuse and then comply" in meaning
-    assert "what follows its refusals" in step
+    found = explain(item(measured("refusal-readiness", 0.0), goes_on, still), base="base")[0]
+    assert "the fall of refusals that end the answer is 0.53 (benign 0 to 0.02" in found
+    assert "probe" not in found
 
 
 def test_a_fall_of_refusals_stands_beside_its_benign_range() -> None:
