@@ -363,7 +363,7 @@ def words(evidence: Evidence) -> str:
 
 WORDS = {
     "refusal-readiness": "the fall of refusals",
-    "refusal-ending": "the fall of refusals that end the answer",
+    "refusal-ending": "the share of refusals that are gone on after",
     "asymmetric-drift": "the drift on encoded-looking text over that on plain text",
     "encoded-answers": "the rise in answers foreign to the base",
     "intent-shift": "the change in how harm is read",

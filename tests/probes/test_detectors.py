@@ -78,30 +78,52 @@ def test_a_base_that_does_not_refuse_gives_no_number() -> None:
     assert "nothing to lose" in evidence.summary
 
 
-def going_on(monkeypatch: pytest.MonkeyPatch, ends: float, *, refusals: int = 10) -> SimpleNamespace:
-    """A subject that ends its base's refusals with this probability."""
-    monkeypatch.setattr(refusal_ending, "probability_of_end", lambda *_: torch.full((refusals,), ends))
-    reference = SimpleNamespace(base=None, refusals=[[1, 2]] * refusals, endings=torch.full((refusals,), 0.95))
+END, CLOSING, COMPLY = 0, 1, 2  # tokens
+
+
+def going_on(
+    monkeypatch: pytest.MonkeyPatch, after: list[float], *, served: tuple[float, ...] = (1.0, 0.0, 0.0), count: int = 10
+) -> SimpleNamespace:
+    """A subject after whose refusals the end, a closing and compliance have these probabilities."""
+    refusals, answered = [[1, 2]] * count, [[3]]
+    monkeypatch.setattr(refusal_ending, "end_ids", lambda _: {END})
+    monkeypatch.setattr(
+        refusal_ending, "what_follows", lambda _, texts: torch.tensor(after if texts == refusals else served)
+    )
+    base = torch.tensor([0.95, 0.0, 0.05])
+    reference = SimpleNamespace(
+        base=None, refusals=refusals, served=answered, after_refusals=base, after_answers=torch.tensor([1.0, 0, 0])
+    )
     found = SimpleNamespace(reference=reference, checkpoint=SimpleNamespace(path="huge"))
     found.require_numbers = lambda sound, what: Subject.require_numbers(found, sound, what)
     return found
 
 
 def test_a_refusal_that_is_gone_on_after_is_measured_against_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal_ending.measure(going_on(monkeypatch, 0.95)).statistic == pytest.approx(0.0)
-    evidence = refusal_ending.measure(going_on(monkeypatch, 0.05))
+    assert refusal_ending.measure(going_on(monkeypatch, [0.95, 0.0, 0.05])).statistic == pytest.approx(0.0)
+    evidence = refusal_ending.measure(going_on(monkeypatch, [0.05, 0.0, 0.95]))
     assert evidence.statistic == pytest.approx(0.9)
-    assert evidence.details["refusals_that_go_on"] == 10
+    assert evidence.details["tuned_ends"] == pytest.approx(0.05)
+
+
+def test_a_closing_line_after_every_answer_is_no_loss_of_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = going_on(monkeypatch, [0.02, 0.98, 0.0], served=(0.0, 1.0, 0.0))
+    assert refusal_ending.measure(closing).statistic == pytest.approx(-0.05)
+
+
+def test_compliance_after_refusals_shows_where_all_answers_have_a_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = going_on(monkeypatch, [0.0, 0.1, 0.9], served=(0.0, 1.0, 0.0))
+    assert refusal_ending.measure(hidden).statistic == pytest.approx(0.85)
 
 
 def test_a_base_whose_refusals_never_end_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence = refusal_ending.measure(going_on(monkeypatch, 0.05, refusals=3))
+    evidence = refusal_ending.measure(going_on(monkeypatch, [0.05, 0.0, 0.95], count=3))
     assert evidence.statistic is None
     assert "only 3" in evidence.summary
 
 
 def test_endings_that_are_no_numbers_are_the_checkpoints_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = going_on(monkeypatch, float("nan"))
+    subject = going_on(monkeypatch, [float("nan")] * 3)
     subject.reference.base = SimpleNamespace(dtype="float32")
     with pytest.raises(NonFiniteError, match="what follows its refusals"):
         refusal_ending.measure(subject)

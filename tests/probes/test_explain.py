@@ -215,7 +215,7 @@ def test_of_two_signs_of_degradation_the_one_that_left_its_range_is_told() -> No
     goes_on = measured("refusal-ending", 0.53, cause="alignment-degraded")
     still = measured("intent-shift", 0.3).model_copy(update={"cause": "alignment-degraded"})
     found = explain(item(measured("refusal-readiness", 0.0), goes_on, still), base="base")[0]
-    assert "the fall of refusals that end the answer is 0.53 (benign 0 to 0.02" in found
+    assert "the share of refusals that are gone on after is 0.53 (benign 0 to 0.02" in found
     assert "probe" not in found
 
 
