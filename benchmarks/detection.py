@@ -21,6 +21,7 @@ Figures are named "<class>/<detector>/<figure>"; in short, and what the README q
     keys_recovered          letter codes whose key the scan found to 95 % of letters, weighted by use
     held_out_family_tpr_at_1pct   all attacks, by a fusion that never saw their family (also: method, rank)
     collateral_rank_correlation   benign fine-tunes: refusals really lost against the score
+    ablation/<detector>/...       what is flagged without it and by it alone, and its cost (`ablation.py`)
 
 `--quick` scans what ships and nothing else. The zoo is trained by `organisms/train.py --zoo`; what its cache lacks is
 listed as missing. `--calibrate` first rebuilds the bank from a folder of fine-tunes whose cards say benign (the one
@@ -45,6 +46,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "organisms")]
 
 import numpy as np
 import torch
+from ablation import ablate, ablation_table, costs, timed
 from audits import Audit, Auditor, learned
 from harness import Figure, columns, parser, shown, table, write
 from homes import CARD, Home
@@ -67,7 +69,7 @@ from probes.demo import BANK, BASE, compare
 from probes.encodings import make_encoding
 from probes.plots import plot_evidence
 from probes.records import Evidence, Item
-from probes.reference import default_battery
+from probes.reference import Reference, default_battery
 from probes.scan import calibrate, prepare, scan
 from probes.verdict import Judgement, judge
 
@@ -97,7 +99,9 @@ def main() -> None:
     if options.quick:
         figures = on_shipped(cases) | figures
     else:
-        cases = audited(cases, recipes)
+        reference = prepare(BASE, out=None, probe=None, prompts="matched-pairs", device="cpu", dtype="auto", tell=tell)
+        figures |= cost_of_detectors(cases, recipes, reference)
+        cases = audited(cases, recipes, reference)
         figures = on_zoo(cases, bank, missing=[r.name for r in wanted if r not in recipes]) | figures
     members = {kind: len(bank.of_kind(kind)) for kind in ("full", "adapter")} if bank else None
     write(figures, options.json, text=report(cases, figures), bank=members, cases=[record(case) for case in cases])
@@ -179,9 +183,8 @@ def base_implant() -> dict[str, float]:
 # --- what others would find
 
 
-def audited(cases: Sequence[Case], recipes: Sequence[Recipe]) -> list[Case]:
+def audited(cases: Sequence[Case], recipes: Sequence[Recipe], reference: Reference) -> list[Case]:
     """The cases with rivals' statistics; those that learn have seen development organisms alone."""
-    reference = prepare(BASE, out=None, probe=None, prompts="matched-pairs", device="cpu", dtype="auto", tell=tell)
     auditor = Auditor(reference)
     found: list[Audit] = []
     for number, recipe in enumerate(recipes, 1):
@@ -234,7 +237,7 @@ def on_zoo(cases: Sequence[Case], bank: Bank | None, *, missing: Sequence[str]) 
         ),
         "missing": Figure(len(missing), "organisms not in the cache", note=", ".join(missing[:FEW])),
     }
-    return headline(test, figures) | counts | operating_point(test) | figures
+    return headline(test, figures) | counts | operating_point(test) | figures | ablate(test, bank)
 
 
 def operating_point(cases: Sequence[Case]) -> dict[str, Figure]:
@@ -322,6 +325,14 @@ def cost(items: Sequence[Item], quick: bool) -> dict[str, Figure]:
     }
 
 
+def cost_of_detectors(cases: Sequence[Case], recipes: Sequence[Recipe], reference: Reference) -> dict[str, Figure]:
+    """Each detector's share of the first look, on a few development organisms of both methods."""
+    tell("timing the detectors")
+    folders = {recipe.name: HOME.folder(recipe) for recipe in recipes}
+    first, second = timed(cases)
+    return costs(reference, [folders[name] for name in first], [folders[name] for name in second])
+
+
 def seconds_of_forward(model: Model, *, rounds: int) -> float:
     """Median wall time of the trunk over the whole battery in token-budget batches."""
     battery = default_battery()
@@ -357,7 +368,7 @@ def record(case: Case) -> dict[str, object]:
 
 
 def report(cases: Sequence[Case], figures: Mapping[str, Figure]) -> str:
-    """Verdicts by family, rates by class and detector, then every figure that is no rate."""
+    """Verdicts by family, rates by class and detector, the ablation, then every figure that is no rate."""
     grid = [("TPR at 1 % FPR (AUROC)", *(by for by in (*SCORED, *RIVALS)))]
     for name in dict.fromkeys(key.split("/")[0] for key in figures if key.endswith("/auroc")):
         cells = [
@@ -369,7 +380,9 @@ def report(cases: Sequence[Case], figures: Mapping[str, Figure]) -> str:
         grid.append((name, *cells))
     rest = {name: figure for name, figure in figures.items() if name.count("/") < 2}
     tables = [columns(verdicts([case for case in cases if case.split == split])) for split in ("development", "test")]
-    return "\n\n".join([*tables, columns(grid), table(rest)] if len(grid) > 1 else [tables[0], table(rest)])
+    if len(grid) == 1:
+        return "\n\n".join([tables[0], table(rest)])
+    return "\n\n".join([*tables, columns(grid), ablation_table(figures), table(rest)])
 
 
 if __name__ == "__main__":

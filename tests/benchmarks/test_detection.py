@@ -1,3 +1,4 @@
+import ablation
 import detection
 import numpy as np
 import pytest
@@ -211,3 +212,18 @@ def test_the_short_names_are_there_whatever_was_scanned():
         assert names <= figures.keys()
         assert figures["identity_tpr_at_1pct"].value is None
     assert figures["covert_against_benign_cipher_auroc"].value == 1
+
+
+def test_the_report_ablates_the_test_split_alone(bank):
+    def some(split):
+        found = recovered("") + drift(30.0, 40.0)
+        attacks = [case(f"{split}-a{i}", "covert-malicious", split=split, evidence=found) for i in range(2)]
+        return [*attacks, *(case(f"{split}-b{i}", "benign", split=split, evidence=drift(1.0)) for i in range(9))]
+
+    cases = [*some("development"), *some("test")]
+    figures = detection.on_zoo(cases, bank, missing=[])
+    assert figures["ablation/all/covert/flagged"].note == "2 of 2"
+    assert figures["ablation/asymmetric-drift/covert/flagged_without"].value == 0, "nobody asked for the second look"
+    text = detection.report(cases, figures)
+    assert ablation.ablation_table(figures) in text
+    assert "ablation/" not in text
