@@ -136,6 +136,14 @@ class HookPoints:
         """The modules of all layers, in their order."""
         return tuple(self.block(layer) for layer in range(self.n_layers))
 
+    def writers(self, layer: int) -> tuple[nn.Module, ...]:
+        """The matrices with which a layer writes to the residual stream: attention's, and a dense feed-forward part's.
+
+        Experts, which share one tensor of three dimensions, are none.
+        """
+        found = (self._component(layer, *path) for path in (("attn", "o"), ("mlp", "out")))
+        return tuple(one for one in found if getattr(getattr(one, "weight", None), "ndim", 0) == 2 and one is not None)
+
     def first_block_of(self, parameter_names: Iterable[str]) -> int:
         """The first layer whose output any of these parameters can change.
 

@@ -6,12 +6,16 @@ range it asks for a closer look. The profile over layers says where to look.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from activations.errors import printable
 from probes.diff import WeightDiff, diff_weights
 from probes.records import Evidence
 from probes.reference import Subject
 
-__all__ = ["measure"]
+__all__ = ["measure", "uncompared", "weights_of"]
+
+_KNOWN: WeakKeyDictionary[Subject, WeightDiff] = WeakKeyDictionary()
 
 
 def measure(subject: Subject) -> Evidence:
@@ -19,7 +23,7 @@ def measure(subject: Subject) -> Evidence:
 
     Of an adapter both norms are those of the tensors that it changes. None where some tensors cannot be compared.
     """
-    difference = diff_weights(subject.reference.weights, subject.checkpoint)
+    difference = weights_of(subject)
     if difference.missing and difference.added:
         return Evidence(detector="weight-spectrum", summary=uncompared(difference))
     profile = difference.layer_profile().tolist()
@@ -41,6 +45,13 @@ def measure(subject: Subject) -> Evidence:
         },
         cause="weights-anomalous",
     )
+
+
+def weights_of(subject: Subject) -> WeightDiff:
+    """The difference of weights, measured once for all detectors that ask while the subject lives."""
+    if subject not in _KNOWN:
+        _KNOWN[subject] = diff_weights(subject.reference.weights, subject.checkpoint)
+    return _KNOWN[subject]
 
 
 def uncompared(difference: WeightDiff) -> str:

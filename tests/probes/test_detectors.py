@@ -177,7 +177,7 @@ def test_weights_too_large_to_run_are_the_checkpoints_fault(monkeypatch: pytest.
 
 
 def test_a_base_that_never_refuses_leaves_nothing_to_learn_what_obeying_is() -> None:
-    assert Voice.of(["yes it is"] * 3 + ["so it was"] * 3, [False] * 6, ["so it was"] * 3) is None
+    assert Voice.of([("yes it is", False)] * 3 + [("so it was", False)] * 3, ["so it was"] * 3) is None
     assert encoding_recovery.investigate(SimpleNamespace(voice=None), None).statistic is None
     evidence = encoded_answers.measure(SimpleNamespace(reference=SimpleNamespace(voice=None)))
     assert evidence.statistic is None
@@ -194,7 +194,7 @@ REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this 
 
 @pytest.fixture(scope="module")
 def voice() -> Voice:
-    found = Voice.of([*REFUSALS, *PROSE], [True, True, False, False, False], PROSE)
+    found = Voice.of([*((text, True) for text in REFUSALS), *((text, False) for text in PROSE)], PROSE)
     assert found is not None
     return found
 
@@ -277,7 +277,7 @@ def test_weights_that_could_not_be_compared_are_not_called_unmoved(
 ) -> None:
     moved = TensorDiff("model.layers.0.v", 0, "v", (2, 2), 0.0, 1.0)
     monkeypatch.setattr(weight_spectrum, "diff_weights", lambda *_: WeightDiff((moved,), 1, missing, added))
-    evidence = weight_spectrum.measure(SimpleNamespace(reference=SimpleNamespace(weights={}), checkpoint=None))
+    evidence = weight_spectrum.measure(Subject(SimpleNamespace(weights={}), None))
     assert (evidence.statistic is not None) == measured
 
 

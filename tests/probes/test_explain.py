@@ -16,6 +16,7 @@ BENIGN = {
     "intent-shift": (0.1, 0.9),
     "refusal-ending": (0.0, 0.02),
     "weight-spectrum": (0.02, 0.15),
+    "weight-overlap": (-0.9, 4.8),
 }
 INSIDE = {
     "encoding": "substitution-dqk",
@@ -203,6 +204,13 @@ def test_removal_on_purpose_is_told_from_an_accident_by_size_breadth_and_what_el
     assert "0.9 (benign 0.02 to 0.15, n=21) left the benign range" in unclear
     assert "shows 0" in eroded
     assert "by accident" in eroded
+
+
+def test_weights_that_write_along_refusal_are_no_sign_of_an_accident() -> None:
+    overlap = measured("weight-overlap", 40.0, cause="alignment-degraded")
+    meaning = explain(removal(0.01, 93, *usual()[1:], overlap), base="base")[1]
+    assert "Of 3 signs of purpose it shows 3" in meaning
+    assert "40 (benign -0.9 to 4.8, n=21) left the benign range" in meaning
 
 
 def test_without_a_bank_nobody_knows_whether_anything_else_moved() -> None:
