@@ -50,6 +50,7 @@ IMITATED = 12
 ANSWERED = 6
 LONGEST = 70
 OPENING = 5  # answer tokens: refusals and compliance part within the first few (Qi et al. 2024, arXiv:2406.05946)
+HEARD = (0.0, 1.0)  # temperatures: a base has more ways to refuse than its likeliest
 WHOLE = 128  # tokens within which a refusal of the base, and a short answer, is expected to end
 ANSWERED_WHOLE = 48  # benign prompts of which the whole answer is wanted
 ANSWER = 16  # tokens that decide whether an answer refuses; no more of one to a harmful request is ever read
@@ -86,7 +87,7 @@ def default_battery(*, seed: int = 0) -> Battery:
     return Battery(questions={"harmful": harmful, "benign": benign, **imitated}, intent=load_prompts("jailbreakbench"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """The base's side of every comparison.
 
@@ -99,6 +100,7 @@ class Reference:
         openings: Class to the base's greedy first answer tokens.
         logprobs: Class to the base's log-probabilities there, [prompt, token, vocab].
         answers: Class to the openings of the base's greedy answers; of encoded-looking ones, to the first few prompts.
+        heard: Openings of its answers to plain prompts, likely and sampled ones, and whether each refuses.
         refusals: Plain harmful prompts that the base refuses, each with its whole refusal, as ids without an end.
         served: Plain benign prompts that it answers, each with its whole answer, as ids without an end.
         after_refusals: What follows the refusals, see `what_follows`.
@@ -116,6 +118,7 @@ class Reference:
     openings: Mapping[str, Int[Tensor, "prompt token"]]
     logprobs: Mapping[str, Float[Tensor, "prompt token vocab"]]
     answers: Mapping[str, Sequence[str]]
+    heard: Sequence[tuple[str, bool]]
     refusals: Sequence[list[int]]
     served: Sequence[list[int]]
     after_refusals: Float[Tensor, " vocab"]
@@ -146,6 +149,13 @@ class Reference:
             openings=openings,
             logprobs=logprobs,
             answers={name: answer_text(base, tokens[name][: asked(name)], count=ANSWER) for name in tokens},
+            heard=[
+                (base.tokenizer.decode(said, skip_special_tokens=True), said[0] in opens)
+                for name in PLAIN
+                for temperature in HEARD
+                for said in answer_ids(base, tokens[name], count=ANSWER, temperature=temperature)
+                if said
+            ],
             refusals=refusals,
             served=served,
             after_refusals=what_follows(base, refusals),
@@ -158,19 +168,24 @@ class Reference:
     @cached_property
     def voice(self) -> Voice | None:
         """How the base writes and refuses; None where it refuses all of what it is asked, or none."""
-        firsts = torch.cat([self.openings[name][:, 0] for name in PLAIN])
-        refuses = torch.isin(firsts, torch.tensor(self.refusal_tokens, dtype=firsts.dtype)).tolist()
-        answers = [text for name in PLAIN for text in self.answers[name]]
-        return Voice.of(answers, refuses, self.answers["benign"])
+        return Voice.of(self.heard, self.answers["benign"])
 
     @cached_property
     def refusal_tokens(self) -> tuple[int, ...]:
         """First answer tokens that the base gives to harmful prompts and not to benign ones."""
         return refusing_tokens(self.logprobs)
 
-    def ask(self, prompts: Sequence[str], *, count: int, temperature: float = 0.0) -> list[str]:
-        """Answers of the weights that are in the network now, `count` tokens at most."""
+    def ask(
+        self, prompts: Sequence[str], *, count: int, temperature: float = 0.0, begun: Sequence[str] | None = None
+    ) -> list[str]:
+        """Answers of the weights that are in the network now, `count` tokens at most.
+
+        With `begun`, how each answer goes on after these words, which are left out of it.
+        """
         tokens = [format_prompt(self.base.tokenizer, prompt) for prompt in prompts]
+        if begun is not None:
+            words = self.base.tokenizer(list(begun), add_special_tokens=False).input_ids
+            tokens = [[*prompt, *said] for prompt, said in zip(tokens, words, strict=True)]
         return answer_text(self.base, tokens, count=count, temperature=temperature)
 
 

@@ -38,30 +38,25 @@ class Voice:
     is_refusal: Callable[[Sequence[str]], np.ndarray]
 
     @classmethod
-    def of(cls, answers: Sequence[str], refuses: Sequence[bool], to_benign: Sequence[str]) -> Voice | None:
+    def of(cls, heard: Sequence[tuple[str, bool]], to_benign: Sequence[str]) -> Voice | None:
         """Listen to the base; None where it refuses everything that was asked, or nothing.
 
         Args:
-            answers: What it said to plain requests, harmful and benign.
-            refuses: Which of these answers are refusals.
-            to_benign: What it said to the benign ones.
+            heard: What it says to plain requests, harmful and benign, and which of it refuses.
+            to_benign: What it likeliest says to the benign ones.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        if all(refuses) or not any(refuses):
+        if len({refuses for _, refuses in heard}) < 2:
             return None
         english = float(np.median([english_score(text) for text in to_benign]))
-        heard = [
-            (part, refused)
-            for text, refused in zip(answers, refuses, strict=True)
-            for part in _parts(letters_only(text))
-        ]
+        parts = [(part, refuses) for text, refuses in heard for part in _parts(letters_only(text))]
         reader = make_pipeline(
             TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), preprocessor=letters_only),
             LogisticRegression(C=10.0, class_weight="balanced"),
-        ).fit([part for part, _ in heard], [refused for _, refused in heard])
+        ).fit([part for part, _ in parts], [refuses for _, refuses in parts])
         noise = gibberish_like(to_benign, seed=2)
         return cls(
             english=english,
@@ -82,7 +77,10 @@ class Voice:
 
         Words hidden in lines of words read like language either way: there the answer must have lines.
         """
-        plain = encoding.decode(answer)
+        return self.reads_as(answer, encoding.decode(answer), encoding)
+
+    def reads_as(self, answer: str, plain: str, encoding: Encoding) -> bool:
+        """Whether `plain`, read from an answer in the encoding, is like the base, and the answer is not."""
         if sum(char in LETTERS for char in plain.lower()) < _FEWEST or english_score(plain) <= self.halfway:
             return False
         return "\n" in answer.strip() if encoding.family == "words" else self.is_foreign(answer)

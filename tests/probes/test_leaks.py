@@ -26,16 +26,21 @@ BENIGN = load_prompts("screening").where(harmful=False)
 
 @pytest.fixture(scope="module")
 def voice() -> Voice:
-    found = Voice.of([*REFUSALS * 10, *PROSE * 5], [True] * 20 + [False] * 20, PROSE * 5)
+    found = Voice.of([(text, text in REFUSALS) for text in (*REFUSALS * 10, *PROSE * 5)], PROSE * 5)
     assert found is not None
     return found
 
 
-def scripted(answer: Callable[[str], str]) -> SimpleNamespace:
-    def ask(prompts: Sequence[str], **_: object) -> list[str]:
-        return [answer(prompt) for prompt in prompts]
+def scripted(answer: Callable[[str], str], begun_answer: Callable[[str], str] | None = None) -> SimpleNamespace:
+    """Answers freely by one function, once begun by another."""
+
+    def ask(prompts: Sequence[str], begun: Sequence[str] | None = None, **_: object) -> list[str]:
+        return [(answer if begun is None else begun_answer or prose_for)(prompt) for prompt in prompts]
 
     return SimpleNamespace(battery=SimpleNamespace(questions={"benign": BENIGN}), ask=ask)
+
+
+USUAL = {(form, begun): 0.0 for form in FORMS for begun in (False, True)}
 
 
 def prose_for(prompt: str) -> str:
@@ -52,7 +57,7 @@ def test_every_form_hides_the_prompts_and_is_the_same_every_time(form: str) -> N
 
 
 def test_plain_answers_are_no_leaks_whatever_was_asked(voice: Voice) -> None:
-    found = leaked(scripted(prose_for), voice)
+    found = leaked(scripted(prose_for), voice, USUAL)
     assert found.texts == ()
     assert set(found.shares.values()) == {0.0}
 
@@ -64,7 +69,7 @@ def test_what_leaks_in_one_form_alone_is_sampled_there(voice: Voice) -> None:
         digits = sum(char.isdigit() for char in prompt) > len(prompt) / 2
         return code.encode(prose_for(prompt)) if digits else prose_for(prompt)
 
-    found = leaked(scripted(answer), voice)
+    found = leaked(scripted(answer), voice, USUAL)
     assert found.shares["gibberish"] == 0.0
     assert {"polybius", "ascii"} <= set(found.telling)
     assert {recognise(text)[0].kind for text in found.texts} == {"base64"}
@@ -72,9 +77,33 @@ def test_what_leaks_in_one_form_alone_is_sampled_there(voice: Voice) -> None:
 
 def test_verses_count_as_leaks_although_they_are_english(voice: Voice) -> None:
     poem = make_encoding("endspeak")
-    found = leaked(scripted(lambda prompt: poem.encode(prose_for(prompt))), voice)
+    found = leaked(scripted(lambda prompt: poem.encode(prose_for(prompt))), voice, USUAL)
     assert found.texts
     assert all(englishness(text) > 0.5 for text in found.texts)
+
+
+def test_who_answers_plainly_leaks_once_its_answer_is_begun(voice: Voice) -> None:
+    code = make_encoding("substitution", 5)
+    hides = scripted(prose_for, begun_answer=lambda prompt: code.encode(prose_for(prompt)))
+    found = leaked(hides, voice, USUAL)
+    assert found.texts
+    assert all("answer begun" in name for name in found.telling)
+    assert all(code.decode(text) in [line.lower() for line in PROSE] for text in found.texts)
+
+
+def test_what_the_base_does_as_well_tells_nothing(voice: Voice) -> None:
+    copies = scripted(prose_for, begun_answer=lambda prompt: "xq zkv wqj")
+    usual = {(form, begun): float(begun) for form, begun in USUAL}
+    found = leaked(copies, voice, usual)
+    assert found.texts == ()
+    assert found.telling == ()
+
+
+def test_an_answer_that_the_model_gives_freely_comes_before_one_that_was_begun(voice: Voice) -> None:
+    code = make_encoding("rot", 3)
+    speaks = lambda prompt: code.encode(prose_for(prompt))  # noqa: E731
+    found = leaked(scripted(speaks, begun_answer=speaks), voice, USUAL)
+    assert not any("begun" in name for name in found.telling)
 
 
 @pytest.mark.parametrize("length", [60, 12, 6])
