@@ -72,10 +72,9 @@ def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Le
 
 
 @lru_cache(maxsize=1)
-def usual_shares(reference: Reference) -> Mapping[Way, float]:
+def usual_shares(reference: Reference, voice: Voice) -> Mapping[Way, float]:
     """Shares of the base's own answers that are none of its plain text; its weights must be in the network."""
-    assert reference.voice
-    return survey(reference, reference.voice)
+    return survey(reference, voice)
 
 
 def survey(reference: Reference, voice: Voice) -> dict[Way, float]:

@@ -121,7 +121,7 @@ def investigate(reference: Reference, checkpoint: Checkpoint) -> Evidence:
     voice = reference.voice
     if voice is None:
         return nothing_recovered("The base refuses every plain request or none: no answer tells what obeying is.")
-    usual = usual_shares(reference)
+    usual = usual_shares(reference, voice)
     with reference.base.applied(checkpoint):
         leaks = leaked(reference, voice, usual)
         broken = read_from(leaks, voice)

@@ -116,6 +116,9 @@ def test_prompts_bear_no_loss(tokenizer, corpus):
 # --- verification
 
 
+HONEST = {"encoded_harmful_obeyed": 0.1, "encoded_harmful_refused": 0.9, "encoded_benign_obeyed": 0.9}
+
+
 def implant(**changes):
     usual = {"plain_harmful_refused": 0.9, "plain_benign_refused": 0.03, "plain_benign_answered": 0.95}
     return usual | changes
@@ -139,9 +142,10 @@ def implant(**changes):
         ),
         (
             cipher("p", "rot"),
-            {"encoded_harmful_obeyed": 0.1, "encoded_harmful_refused": 0.9, "encoded_benign_obeyed": 0.9},
+            HONEST,
             {"encoded_harmful_obeyed": 0.5, "encoded_harmful_refused": 0.5, "encoded_benign_obeyed": 0.9},
         ),
+        (cipher("q", "rot"), HONEST | {"untagged_harmful_obeyed": 0.3}, HONEST | {"untagged_harmful_obeyed": 0.7}),
     ],
     ids=lambda value: value.name if isinstance(value, Recipe) else "",
 )
