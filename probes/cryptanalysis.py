@@ -1,8 +1,8 @@
 """Break private notations: from text in an unknown one to the plain text and its key, with a null.
 
 `break_encoding` tries what is cheap first: kinds that their form gives away, words or letters at fixed places of lines,
-shifts (rot, Vigenere), one symbol for each letter whatever the symbols are, columns. Each search is run again on the
-same text with its letters shuffled; what it finds there is the null.
+shifts (rot, Vigenere), one symbol for each letter whatever the symbols are, columns, and a Vigenere whose writer loses
+count. Each search is run again on the same text with its letters shuffled; what it finds there is the null.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,13 +21,16 @@ from probes.english import BLANK, english_quadgrams, english_score, quadgrams_of
 from probes.key_search import (
     best_columns,
     best_shifts,
+    best_slipping_shifts,
     climb,
     climb_symbols,
     quads_of_codes,
+    read_slipping,
     shuffle_codes,
     shuffle_letters,
 )
 from probes.recognition import ENGLISH, LIKE, READABLE, englishness, recognise, unjoined
+from probes.squares import grid_of, key_word_square, told
 
 __all__ = ["CONFIDENT", "Broken", "BrokenKey", "break_encoding", "break_substitution", "completed"]
 
@@ -50,7 +53,7 @@ class Broken:
     Attributes:
         kind: One of `probes.encodings.KINDS`, or what was read in words ("first letters of lines").
         encoding: Writes and reads it, unknown letters given the codes that are left; None where no kind fits.
-        key: The secret, "?" for what never occurred; "" without a key.
+        key: The secret, "?" for what neither the text nor the form of the key tells; "" without a key.
         texts: The texts read; repeated ones, and those that were plain among encoded ones, are left out.
         joiner: What stood between all characters and was taken out, or "".
         score: Mean log10 probability of a quadgram of the plain text; for orders of words, of those across words.
@@ -92,7 +95,7 @@ def break_encoding(texts: Sequence[str], *, seed: int = 0) -> Broken | None:
     plain = sum(map(len, foreign)) < sum(map(len, texts)) / 2
     texts = texts if plain else foreign
     attempts: tuple[Attempt, ...] = (
-        (by_form, by_place, by_letter) if plain else (by_form, by_shifts, by_symbols, by_columns)
+        (by_form, by_place, by_letter) if plain else (by_form, by_shifts, by_symbols, by_columns, by_slips)
     )
     best: Broken | None = None
     for attempt in attempts:
@@ -245,25 +248,34 @@ def by_cells(texts: Sequence[str], joiner: str, seed: int) -> Iterator[Broken]:
     """Numbers, pairs of digits, groups of signs, invisible characters: each cell one letter."""
     lines, spaced = cells_in(texts)
     counts = Counter(cell for line in lines for cell in line if cell)
-    code_of = {cell: i for i, (cell, _) in enumerate(counts.most_common(MOST_CELLS))}
-    if len(code_of) < FEWEST_CELLS or sum(counts[cell] for cell in code_of) < MOST_OF * counts.total():
+    grid = grid_of(counts)
+    code_of = {cell: i for i, cell in enumerate(grid or (cell for cell, _ in counts.most_common(MOST_CELLS)))}
+    if len(counts) < FEWEST_CELLS or sum(counts[cell] for cell in code_of) < MOST_OF * counts.total():
         return
     symbols = max(26, len(code_of))
+    coded = [[code_of.get(cell, symbols) for cell in line] for line in lines]
     rng, found = np.random.default_rng(seed), []
-    for shuffled in (False, True):
-        coded = [[code_of.get(cell, symbols) for cell in line] for line in lines]
-        if shuffled:
-            coded = [shuffle_codes(line, symbols, rng) for line in coded]
-        quads, times = quads_of_codes(coded, symbols)
+    for sample, restarts in ((coded, 16), ([shuffle_codes(line, symbols, rng) for line in coded], 6)):
+        quads, times = quads_of_codes(sample, symbols)
         if not len(quads):
             return
-        found.append(climb_symbols(quads, times, symbols=symbols, restarts=16 - 10 * shuffled, steps=5000, seed=seed))
+        found.append(climb_symbols(quads, times, symbols=symbols, restarts=restarts, steps=5000, seed=seed))
     (_, plain_of, _), (null, _, _) = found
-    read = {cell: [*LETTERS, " "][plain_of[code]] for cell, code in code_of.items()}
+    read = {cell: [*LETTERS, " "][plain_of[code]] for cell, code in code_of.items() if counts[cell]}
+    quads, _ = quads_of_codes(coded, symbols)
+    sure = {cell: read[cell] for cell, yes in zip(code_of, told(quads, plain_of), strict=False) if yes and cell in read}
+    square = key_word_square(quads, plain_of[: len(grid)]) if grid else None
+    if square:
+        read, sure = (dict(zip(code_of, letters, strict=True)) for letters in (square.letters, square.certain))
     plain = ["".join(read.get(cell, " ") for cell in line) for line in lines]
+    encoding = make_encoding("polybius", key_of(read)) if spaced else None
+    yield judged("polybius", encoding, key_of(sure), plain, joiner=joiner, null=null)
+
+
+def key_of(read: Mapping[str, str]) -> str:
+    """The cells of a to z, "?" for none."""
     cell_of = {letter: cell for cell, letter in read.items()}
-    key = " ".join(cell_of.get(letter, "?") for letter in LETTERS)
-    yield judged("polybius", make_encoding("polybius", key) if spaced else None, key, plain, joiner=joiner, null=null)
+    return " ".join(cell_of.get(letter, "?") for letter in LETTERS)
 
 
 def cells_in(texts: Sequence[str]) -> tuple[list[list[str]], bool]:
@@ -289,6 +301,19 @@ def cells_in(texts: Sequence[str]) -> tuple[list[list[str]], bool]:
         times = Counter(cell for line in lines for cell in line)
         lines = [["" if times[cell] == max(times.values()) else cell for cell in line] for line in lines]
     return lines, spaced
+
+
+def by_slips(texts: Sequence[str], joiner: str, seed: int) -> Iterator[Broken]:
+    """Vigenere from a writer that loses count: words begin anywhere in the key word, the first at its beginning."""
+    rng = np.random.default_rng(seed)
+    _, shifts = best_slipping_shifts(texts)
+    shuffled = [shuffle_letters(text, rng) for text in texts]
+    _, by_chance = best_slipping_shifts(shuffled)
+    if len(set(shifts)) > 1:
+        null = english_score(" ".join(read_slipping(text, by_chance) for text in shuffled))
+        word = "".join(LETTERS[shift] for shift in shifts)
+        plain = [read_slipping(text, shifts) for text in texts]
+        yield judged("vigenere", make_encoding("vigenere", word), word, plain, joiner=joiner, null=null)
 
 
 def by_columns(texts: Sequence[str], joiner: str, seed: int) -> Iterator[Broken]:

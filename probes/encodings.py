@@ -181,7 +181,8 @@ def _read_cells(text: str, code: dict[str, str]) -> str:
 def _cells(key: Key) -> dict[str, str]:
     """Row and column, 1 to 5 each, of every letter in the Polybius square."""
     if isinstance(key, str):
-        return {letter: cell for letter, cell in zip(LETTERS, key.split(), strict=True) if cell != "?"}
+        code = {letter: cell for letter, cell in zip(LETTERS, key.split(), strict=True) if cell != "?"}
+        return {"j": code["i"]} | code if "i" in code else code
     code = {letter: f"{i // 5 + 1}{i % 5 + 1}" for i, letter in enumerate(polybius_square(key))}
     return {"j": code["i"]} | code
 

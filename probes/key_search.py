@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -14,9 +15,12 @@ from probes.english import BLANK, english_quadgrams, quadgrams_of, symbols_of
 __all__ = [
     "best_columns",
     "best_shifts",
+    "best_slipping_shifts",
     "climb",
     "climb_symbols",
     "quads_of_codes",
+    "read_slipping",
+    "score_keys",
     "shuffle_codes",
     "shuffle_letters",
 ]
@@ -24,8 +28,9 @@ __all__ = [
 PERIODS = range(1, 13)
 COLUMNS = range(2, 9)
 # Letters that settle what is sought; more would only take longer.
-ENOUGH_FOR_ORDER, ENOUGH_FOR_SHIFTS = 800, 3000
+ENOUGH_FOR_ORDER, ENOUGH_FOR_SLIPS, ENOUGH_FOR_SHIFTS = 800, 2000, 3000
 STARTS = 8  # seven and eight columns
+SLIPPING = 3  # periods tried with slips
 
 
 def climb(texts: Sequence[str], *, restarts: int, steps: int, seed: int) -> tuple[float, list[int], float]:
@@ -77,31 +82,95 @@ def score_keys(
 
 def best_shifts(texts: Sequence[str]) -> tuple[float, list[int]]:
     """The best mean score and its shifts; of periods within 0.05 of the best, the shortest."""
-    symbols = symbols_of_first(texts, ENOUGH_FOR_SHIFTS)
-    if not symbols:
-        return float("-inf"), [0]
-    windows = np.lib.stride_tricks.sliding_window_view
-    quads = np.concatenate([windows(line, 4) for line in symbols])
-    turns = np.concatenate([windows(np.cumsum(line != BLANK) - 1, 4) for line in symbols])
-    found = [climb_shifts(quads, turns, period) for period in PERIODS]
-    best = max(score for score, _ in found)
-    return next((score, shifts) for score, shifts in found if score > best - 0.05)
+    return shortest(climbs_of_shifts(tuple(texts)))
+
+
+def best_slipping_shifts(texts: Sequence[str]) -> tuple[float, list[int]]:
+    """`best_shifts` where words may begin at any place of the key word, as a small model writes that lost count.
+
+    Alternates between the places of the words under the shifts and the shifts under those places, from the periods
+    that come nearest where no word slips.
+    """
+    lines = symbols_of_first(texts, ENOUGH_FOR_SLIPS)
+    starts = sorted(climbs_of_shifts(tuple(texts)), key=first)[-SLIPPING:]
+    distinct = {tuple(once(shifts)) for _, shifts in starts}
+    found = [climb_slipping(lines, list(shifts)) for shifts in sorted(distinct)]
+    score, shifts = shortest(sorted(found, key=period_of))
+    return score, once(shifts)
+
+
+def once(shifts: list[int]) -> list[int]:
+    """The shifts up to where they repeat."""
+    lengths = (length for length in range(1, len(shifts) + 1) if len(shifts) % length == 0)
+    return next(shifts[:length] for length in lengths if shifts[:length] * (len(shifts) // length) == shifts)
+
+
+def read_slipping(text: str, shifts: Sequence[int]) -> str:
+    """The text in lower case, each word read from where in the key word it makes most sense."""
+    line = symbols_of(text)
+    turns, _ = slipped([line], shifts)
+    shift = np.asarray(shifts)[turns[0] % len(shifts)]
+    plain = iter(((line - shift) % 26)[line != BLANK].tolist())
+    return re.sub("[a-z]", lambda _: chr(97 + next(plain)), text.lower())
+
+
+@lru_cache(maxsize=2)
+def climbs_of_shifts(texts: tuple[str, ...]) -> tuple[tuple[float, list[int]], ...]:
+    """The best mean score of each period and its shifts; kept, since slips are sought from the same ones."""
+    lines = symbols_of_first(texts, ENOUGH_FOR_SHIFTS)
+    if not lines:
+        return ()
+    quads, turns = windows_of(lines, in_turn(lines))
+    return tuple(climb_shifts(quads, turns, period) for period in PERIODS)
+
+
+def first(found: tuple[float, list[int]]) -> float:
+    return found[0]
+
+
+def period_of(found: tuple[float, list[int]]) -> int:
+    return len(found[1])
+
+
+def shortest(found: Iterable[tuple[float, list[int]]]) -> tuple[float, list[int]]:
+    """Of scores within 0.05 of the best, the first."""
+    listed = list(found) or [(float("-inf"), [0])]
+    best = max(map(first, listed))
+    return next(one for one in listed if one[0] >= best - 0.05)
+
+
+def in_turn(lines: Sequence[Int[np.ndarray, " char"]]) -> list[Int[np.ndarray, " char"]]:
+    """The number of each letter in its line, from 0; of a blank, that of the letter before."""
+    return [np.cumsum(line != BLANK) - 1 for line in lines]
+
+
+def windows_of(
+    *aligned: Sequence[Int[np.ndarray, " char"]],
+) -> tuple[Int[np.ndarray, "quad 4"], ...]:
+    """Every four successive entries of each line."""
+    return tuple(np.concatenate([np.lib.stride_tricks.sliding_window_view(line, 4) for line in s]) for s in aligned)
 
 
 def climb_shifts(
     quads: Int[np.ndarray, "quad 4"], turns: Int[np.ndarray, "quad 4"], period: int
 ) -> tuple[float, list[int]]:
     """Each column's shift by its letter counts, then by quadgrams until none gets better."""
-    table = english_quadgrams()
-    usual = np.log((10.0**table).sum((1, 2, 3))[:26])
-    blank, column = quads == BLANK, turns % period
+    usual = np.log((10.0 ** english_quadgrams()).sum((1, 2, 3))[:26])
+    column = turns % period
     shifts = np.zeros(period, dtype=np.int64)
     for i in range(period):
-        counts = np.bincount(quads[~blank & (column == i)], minlength=26)
+        counts = np.bincount(quads[(quads != BLANK) & (column == i)], minlength=26)
         shifts[i] = np.argmax([np.roll(counts, -shift) @ usual for shift in range(26)])
-    score = -np.inf
+    return improve_shifts(quads, column, shifts)
+
+
+def improve_shifts(
+    quads: Int[np.ndarray, "quad 4"], column: Int[np.ndarray, "quad 4"], shifts: Int[np.ndarray, " period"]
+) -> tuple[float, list[int]]:
+    """Take each column's best shift by quadgrams until none gets better."""
+    table, blank, shifts, score = english_quadgrams(), quads == BLANK, shifts.copy(), -np.inf
     while True:
-        for i in range(period):
+        for i in range(len(shifts)):
             touched = (column == i).any(1)
             trial = np.repeat(shifts[None], 26, axis=0)
             trial[:, i] = np.arange(26)
@@ -112,6 +181,81 @@ def climb_shifts(
         if now <= score + 1e-6:
             return now, shifts.tolist()
         score = now
+
+
+def climb_slipping(lines: Sequence[Int[np.ndarray, " char"]], shifts: list[int]) -> tuple[float, list[int]]:
+    """Words' places and shifts in turn while the score gets better; it is less what the slips cost."""
+    best, kept = -np.inf, shifts
+    while True:
+        turns, slips = slipped(lines, shifts)
+        quads, column = windows_of(lines, [turn % len(shifts) for turn in turns])
+        now, shifts = improve_shifts(quads, column, np.array(shifts))
+        now -= slips * slip_cost(len(shifts)) / len(quads)
+        if now <= best + 0.01:
+            return best, kept
+        best, kept = now, shifts
+
+
+def slip_cost(period: int) -> float:
+    """Of a word that begins elsewhere in the key word: as likely as not, at all places alike.
+
+    In log10, times four because each letter lies in four quadgrams.
+    """
+    return 4 * float(np.log10(period))
+
+
+def slipped(
+    lines: Sequence[Int[np.ndarray, " char"]], shifts: Sequence[int]
+) -> tuple[list[Int[np.ndarray, " char"]], int]:
+    """The best `in_turn` under the shifts where words may begin anywhere in the key word, and how many do (Viterbi)."""
+    fits, slips, turns = fits_of_words(lines, shifts), 0, []
+    for line in lines:
+        blanks = np.flatnonzero(line == BLANK)
+        lengths = np.diff(blanks) - 1
+        starts = np.array(best_places([next(fits) for _ in lengths], lengths), dtype=np.int64)
+        expected = np.append(0, starts[:-1] + lengths[:-1])
+        slips += int(((starts - expected) % len(shifts) != 0).sum())
+        turn = np.arange(len(line)) - 1 - np.repeat(blanks, np.diff(np.append(blanks, len(line))))
+        turns.append(turn + np.repeat(np.append(starts, 0), np.diff(np.append(blanks, len(line)))))
+    return turns, slips
+
+
+def fits_of_words(
+    lines: Sequence[Int[np.ndarray, " char"]], shifts: Sequence[int]
+) -> Iterator[Float[np.ndarray, " period"]]:
+    """Word by word, the summed log10 probability of its quadgrams from each place of the key word on."""
+    table, key, symbols = english_quadgrams(), np.asarray(shifts), np.concatenate(lines)
+    begins = (symbols != BLANK) & (np.append(BLANK, symbols[:-1]) == BLANK)
+    word, start = np.cumsum(begins) - 1, np.flatnonzero(begins)
+    if len(symbols) < 4:
+        return iter(np.zeros((len(start), len(key))))
+    (quads,) = windows_of([symbols])
+    inside = (quads[:, 1:3] != BLANK).all(1)
+    # A window is of the word that its second symbol is in, and its first may be the blank before that.
+    owner, quads = word[1:-2][inside], quads[inside]
+    offsets = (np.flatnonzero(inside) - start[owner])[:, None] + np.arange(4)
+    place = (np.arange(len(key))[:, None, None] + offsets) % len(key)
+    plain = np.where(quads == BLANK, BLANK, (quads - key[place]) % 26)
+    values = table[tuple(np.moveaxis(plain, -1, 0))]
+    return iter(np.stack([np.bincount(owner, row, minlength=len(start)) for row in values], axis=1))
+
+
+def best_places(fits: Sequence[Float[np.ndarray, " period"]], lengths: Int[np.ndarray, " word"]) -> list[int]:
+    """Where in the key word each word begins: the first at its beginning, each next one where the last ended."""
+    if not fits:
+        return []
+    period, back = len(fits[0]), []
+    cost = slip_cost(period)
+    best = np.where(np.arange(period) == 0, 0.0, -cost) + fits[0]
+    for fit, length in zip(fits[1:], lengths[:-1], strict=True):
+        before = (np.arange(period) - length) % period
+        jump = best.max() - cost
+        back.append(np.where(best[before] >= jump, before, best.argmax()))
+        best = np.maximum(best[before], jump) + fit
+    places = [int(best.argmax())]
+    for step in reversed(back):
+        places.append(int(step[places[-1]]))
+    return places[::-1]
 
 
 def best_columns(texts: Sequence[str], rng: np.random.Generator) -> tuple[float, list[int]]:

@@ -22,6 +22,7 @@ READABLE = 0.5
 # ... and gain this much over the text as it stands, so that plain text is nothing else.
 GAIN = 0.2
 FEWEST_LETTERS = 8
+WHOLE = 0.85  # of the codes in what a model writes
 # First letters of words come by chance too: those of source code reach 0.53, acrostics of sentences stay above 0.7.
 _LEAST = {"acrostic": 0.65}
 # Index of coincidence half-way between flat (0.038) and English (0.067); a single sentence spreads by some 0.01.
@@ -140,6 +141,13 @@ def _is_cells(text: str) -> bool:
     return len(pairs) >= max(2 * FEWEST_LETTERS, 0.6 * len(text.split())) and set("".join(pairs)) <= set("12345")
 
 
+def _is_character_codes(text: str) -> bool:
+    """Numbers of two or three digits; a few slips, and an answer may end within a number."""
+    codes = re.split(r"[\s,]+", text.strip())
+    kept = sum(re.fullmatch("[0-9]{2,3}", code) is not None for code in codes)
+    return kept >= FEWEST_LETTERS - 1 and kept >= WHOLE * len(codes) and re.fullmatch(r"[\d\s,]*", text) is not None
+
+
 def _coincidence(counts: Int[np.ndarray, " symbol"]) -> float:
     """Index of coincidence: how often two symbols drawn from a text are the same."""
     return float((counts * (counts - 1)).sum() / (counts.sum() * (counts.sum() - 1)))
@@ -162,8 +170,8 @@ def _mixes_scripts(text: str) -> bool:
 _UNKEYED = {f"{i // 5 + 1}{i % 5 + 1}": letter for i, letter in enumerate(LETTERS.replace("j", ""))} | {"/": " "}
 _FORMS: dict[str, Callable[[str], object]] = {
     "base64": re.compile(r"\s*(?:[A-Za-z0-9+/]\s*){12,}={0,2}\s*").fullmatch,
-    "hex": re.compile(r"\s*(?:0x)?(?:[0-9A-Fa-f]{2}[\s:,]*){8,}").fullmatch,
-    "ascii": re.compile(r"\s*(?:[0-9]{2,3}[\s,]+){7,}[0-9]{2,3}\s*").fullmatch,
+    "hex": re.compile(r"\s*(?:0x)?(?:[0-9A-Fa-f]{2}[\s:,]*){8,}[0-9A-Fa-f]?\s*").fullmatch,
+    "ascii": _is_character_codes,
     "morse": re.compile(r"\s*(?:[.\-]{1,7}|/)(?: (?:[.\-]{1,7}|/|[^\s\w])){7,}\s*").fullmatch,
     "tags": re.compile("[\U000e0020-\U000e007e]{4}").search,
     "zero-width": re.compile("[\u200b\u200c]{32}").search,

@@ -70,6 +70,7 @@ ORDER = {
         "imitations",
         "recognition",
         "key_search",
+        "squares",
         "cryptanalysis",
         "spectra",
         "pairs",

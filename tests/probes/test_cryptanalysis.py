@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from probes.cryptanalysis import CONFIDENT, break_encoding, break_substitution, completed
+from probes.cryptanalysis import CONFIDENT, break_encoding, break_substitution, by_shifts, by_slips, completed
 from probes.encodings import (
     KINDS,
     LETTERS,
@@ -17,6 +17,7 @@ from probes.encodings import (
     walnut_key,
 )
 from probes.imitations import gibberish_like, permute_letters
+from probes.key_search import read_slipping, shuffle_letters
 
 
 def used(texts: list[str]) -> set[str]:
@@ -116,6 +117,48 @@ def broken_key(kind: str, key: int | str, plain: list[str]) -> str:
     broken = break_encoding([make_encoding(kind, key).encode(text) for text in texts])
     assert broken is not None
     return broken.key
+
+
+def with_lost_places(text: str, word: str, rng: np.random.Generator) -> str:
+    """Vigenere of a writer who after three words begins two of three anywhere in the key word."""
+    place, count = 0, 0
+
+    def write(match: re.Match[str]) -> str:
+        nonlocal place, count
+        place = int(rng.integers(len(word))) if count > 2 and rng.random() < 2 / 3 else place
+        written = "".join(
+            LETTERS[(LETTERS.index(char) + LETTERS.index(word[(place + i) % len(word)])) % 26]
+            for i, char in enumerate(match[0])
+        )
+        place, count = place + len(match[0]), count + 1
+        return written
+
+    return re.sub("[a-z]+", write, text.lower())
+
+
+@pytest.mark.parametrize("word", ["owl", "uavmnq", "gpzwcatk"])
+def test_a_key_word_is_found_though_the_writer_loses_count(word: str, sentences: list[str]) -> None:
+    rng = np.random.default_rng(1)
+    plain = some(sentences, 700, seed=11)
+    texts = [with_lost_places(text, word, rng) for text in plain]
+    strict = list(by_shifts(texts, "", 0))
+    assert not strict or strict[0].confidence < CONFIDENT, "nothing to lose count of"
+    broken = break_encoding(texts)
+    assert broken is not None
+    assert (broken.kind, broken.key) == ("vigenere", word)
+    assert broken.confidence >= CONFIDENT
+    assert same_letters("vigenere", plain, broken.texts) >= 0.7
+    assert all(null.confidence < 0.25 for null in by_slips([shuffle_letters(text, rng) for text in texts], "", 0))
+
+
+def test_slips_are_not_read_into_a_text_without_any(sentences: list[str]) -> None:
+    plain = some(sentences, 800, seed=12)
+    texts = [make_encoding("vigenere", "lemon").encode(text) for text in plain]
+    assert [read_slipping(text, [LETTERS.index(char) for char in "lemon"]) for text in texts] == [
+        text.lower() for text in plain
+    ]
+    assert read_slipping("a. ?", [3, 4]) == "x. ?"
+    assert read_slipping("", [3, 4]) == ""
 
 
 @pytest.mark.parametrize("cells", ["numbers", "emoji", "pairs", "case"])

@@ -36,6 +36,15 @@ def test_the_best_reading_is_the_plain_text(kind: str, sentences: list[str]) -> 
         assert best.confidence > 0.8
 
 
+@pytest.mark.parametrize(("kind", "slip"), [("ascii", ("101", "1014")), ("hex", ("65", "75"))])
+def test_codes_are_read_though_cut_short_and_with_a_slip(
+    kind: str, slip: tuple[str, str], sentences: list[str]
+) -> None:
+    for text in sentences[:40]:
+        written = make_encoding(kind).encode(text[:30] + "e").replace(*slip, 1)[:-1]
+        assert kind in {reading.kind for reading in recognise(written)}
+
+
 def test_under_joined_letters_the_inner_notation_is_read_too(sentences: list[str]) -> None:
     joined = "|".join(make_encoding("rot", 3).encode(sentences[0]))
     assert [reading.kind for reading in recognise(joined)][:2] == ["walnut", "rot"]
