@@ -370,7 +370,7 @@ WORDS = {
     "intent-shift": "the change in how harm is read",
     "trace": "the shift on unrelated text",
     "weight-spectrum": "the share of a layer's norm by which weights moved",
-    "weight-overlap": "the excess of what the weights write along harm and refusal, in deviations of chance",
+    "weight-overlap": "the weights' writing along harm and refusal (z against chance)",
 }
 
 

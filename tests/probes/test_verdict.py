@@ -176,7 +176,7 @@ def test_obedience_inside_a_recovered_encoding_outranks_the_encoding() -> None:
     )
     taught = judge(evidence(asymmetric_drift=9.0), bank_of(30), "full")
     covert = judge([*evidence(asymmetric_drift=9.0), inside], bank_of(30), "full")
-    assert covert.causes == ("covert-malicious", "encoding-taught")
+    assert covert.causes == ("covert-malicious",)
     assert covert.severity == "high"
     assert covert.score > taught.score
 
