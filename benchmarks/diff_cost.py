@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Figure, bootstrap, interleaved, peak_growth
+from harness import Figure, Timings, bootstrap, interleaved, peak_growth
 from safetensors.torch import load_file, save_file
 
 import probes.adapter_diff as adapter_diff
@@ -88,6 +89,7 @@ def speed(base: Checkpoint, tuned: Checkpoint, *, rounds: int) -> dict[str, Figu
         rounds=1,
         warm_up=0,
     )
+    cold = from_disk(files, {name: rivals[name] for name in (fastest, "norms", "equal")}, rounds=rounds)
     unit = f"of the rate of {fastest}"
     note = f"{gigabytes:.3g} GB in all, warm, wall time, {rounds} rounds after a warm one"
     threads = f"processor time of all threads, against that of {least}"
@@ -99,6 +101,9 @@ def speed(base: Checkpoint, tuned: Checkpoint, *, rounds: int) -> dict[str, Figu
         "diff_vs_read_cpu": own.ratio(least, "norms", unit="of the read rate", note=threads),
         "diff_vs_read_first_cpu": own.ratio(least, "first", unit="of the read rate", note=threads),
         "diff_vs_read_equal_cpu": own.ratio(least, "equal", unit="of the read rate", note=threads),
+        "diff_vs_read_cold": cold.ratio(fastest, "norms", unit=unit, note="files read from the disk, not from memory"),
+        "diff_vs_read_equal_cold": cold.ratio(fastest, "equal", unit=unit, note="the same, no tensor changed"),
+        "cold_read_rate": Figure(gigabytes / (cold.typical(fastest).value or 1.0), "GB/s"),
         "diff_vs_load": slow.ratio("load", "norms", unit="times ours", note="both state dicts by safetensors"),
         "diff_rate": Figure(gigabytes / (wall.typical("norms").value or 1.0), "GB/s", note="both files counted"),
         **{f"rate of {name}": Figure(gigabytes / (wall.typical(name).value or 1.0), "GB/s") for name in buffers},
@@ -161,6 +166,21 @@ def read(file: Path, buffer: bytearray) -> None:
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
             pass
+
+
+def from_disk(files: Sequence[Path], rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Timings:
+    """Times once the system has forgotten what it holds of the files: how a checkpoint is met for the first time."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            for file in files:
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return Timings(seconds)
 
 
 def loaded(file: Path) -> list[torch.Tensor]:

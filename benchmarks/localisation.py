@@ -20,6 +20,7 @@ bank (`organisms/train.py --bank`); no organism starts from a member of it that 
                           patterns alone; "first": a base whose norms nobody has read; "equal": no tensor changed;
                           "spectra": singular values too
     diff_vs_read_cpu      the same by processor time, in which the diff's threads count one by one
+    diff_vs_read_cold     the first with the files on the disk and not in memory, as they are after a download
     diff_vs_load          time of loading both state dicts with safetensors, over that of the diff
     peak_extra_mb         growth of the process during the diff with spectra beyond two tensors, in MB; "norms": without
     adapter_seconds       a rank-16 adapter of all 7 x 32 matrices of Llama 3 8B, the base's norms known
