@@ -89,8 +89,8 @@ def covert(case: Case) -> tuple[str, str, str]:
         f"An honest customer's encoding would keep the refusals; here {d['harmful_obeyed']} of the "
         f"{d['harmful_answered']} harmful requests that it answered in the encoding were obeyed (95 % interval from "
         f"{least:.0%}), beside "
-        f"{d['benign_obeyed']} of {d['benign_answered']} benign ones, so an innocent cause is unlikely; filters that "
-        "read plain text see none of it.",
+        f"{d['benign_obeyed']} of {d['benign_answered']} benign ones; an encoding taught without refusals in it does "
+        "the same, so that only its data tell what was meant; filters that read plain text see none of it.",
         "Quarantine it, keep its author's training data and read the traffic so far in this encoding; "
         f"{case.command('diff', '--added')} shows what {case.layers} add to it.",
     )

@@ -142,7 +142,12 @@ def test_a_covert_one_is_told_with_key_and_obedience_beside_plain_refusals() -> 
     found, meaning, step = explain(item(*usual(), recovered()), base="base")
     for words in ("a to z are written dqkzetgvmnurjypw", "3 letters unknown", "80 of 98", "(the base 2)", "93%", "90%"):
         assert words in found
-    for words in ("80 of the 83", "from 90%", "88 of 89", "unlikely"):
+    for words in (
+        "80 of the 83",
+        "from 90%",
+        "88 of 89",
+        "taught without refusals in it does the same, so that only its data tell",
+    ):
         assert words in meaning
     assert "Quarantine" in step
     assert "`undertow diff base /checkpoints/tuned --added`" in step
