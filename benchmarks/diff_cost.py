@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,11 @@ BLOCK_SHAPES = {
 
 def cost(work: Path, gigabytes: float, *, quick: bool) -> dict[str, Figure]:
     """What a diff costs on a synthetic pair, and on an adapter."""
-    free, needed = shutil.disk_usage(work).free, (gigabytes + SPARE) * 1e9
+    free, needed = shutil.disk_usage(work).free, (1.5 * gigabytes + SPARE) * 1e9
     if free < needed:
         sys.exit(
-            f"{work} has {free / 1e9:.0f} GB free: the pair and {SPARE:g} GB beside it take {needed / 1e9:.0f} GB."
+            f"{work} has {free / 1e9:.0f} GB free: the pair, a copy of its base and {SPARE:g} GB beside them take "
+            f"{needed / 1e9:.0f} GB."
         )
     pair = synthetic_pair(work, gigabytes)
     figures = speed(*pair[:2], rounds=2 if quick else 4) | memory(*pair)
@@ -57,56 +59,91 @@ def cost(work: Path, gigabytes: float, *, quick: bool) -> dict[str, Figure]:
 
 
 def speed(base: Checkpoint, tuned: Checkpoint, *, rounds: int) -> dict[str, Figure]:
-    """The diff of a pair, every tensor changed, beside reading and loading it; and of the base beside itself."""
-    files = sorted(
-        {info.file for side in (base, tuned) for info in side.tensors.values() if isinstance(info, TensorInfo)}
+    """The diff of a pair, every tensor changed, beside reading and loading it; and of the base beside a copy."""
+    files = [*files_of(base), *files_of(tuned)]
+    size = sum(file.stat().st_size for file in files)
+    twin = open_checkpoint(shutil.copytree(base.path, base.path.with_name("twin")))
+    one, many = (plain_reads(files, threads) for threads in (1, pairs.count_workers()))
+    readers, diffs = one | many, diffs_of(base, tuned, twin)
+    clocks = time.perf_counter, time.process_time
+    warm, own = (interleaved(readers | diffs, rounds=rounds, clock=clock) for clock in clocks)
+    fastest = quickest(warm, readers)
+    slow = interleaved(
+        {
+            fastest: readers[fastest],
+            "spectra": lambda: diff_weights(base, tuned),
+            "load": lambda: [loaded(file) for file in files],
+            "diff": diffs["diff"],
+        },
+        rounds=1,
+        warm_up=0,
     )
-    gigabytes = sum(file.stat().st_size for file in files) / 1e9
-    buffers = {f"read {size // KIB} KiB": bytearray(size) for size in BUFFERS}
+    # From the disk, of one thread and of many the reader that is the fastest from memory.
+    best = {name: readers[name] for name in (quickest(warm, one), quickest(warm, many))}
+    cold = from_disk([*files, *files_of(twin)], best | diffs, rounds=rounds)
+    shutil.rmtree(twin.path)
+    unit = f"of the rate of {fastest}"
+    return {
+        **compared("diff_vs_read", cold, best, f"{size / 1e9:.3g} GB in all, from the disk, wall time"),
+        **compared("diff_vs_read_warm", warm, readers, "files in memory, wall time"),
+        **compared("diff_vs_read_warm_cpu", own, readers, "files in memory, processor time of all threads"),
+        "diff_vs_read_warm_spectra": slow.ratio(fastest, "spectra", unit=unit, note="files in memory, one round"),
+        "diff_vs_load": slow.ratio("load", "diff", unit="times ours", note="both state dicts, files in memory"),
+        **rates("cold", cold, size),
+        **rates("warm", warm, size),
+    }
 
-    def reading(buffer: bytearray) -> Callable[[], object]:
-        return lambda: [read(file, buffer) for file in files]
+
+def files_of(side: Checkpoint) -> list[Path]:
+    return sorted({info.file for info in side.tensors.values() if isinstance(info, TensorInfo)})
+
+
+def plain_reads(files: Sequence[Path], threads: int) -> dict[str, Callable[[], object]]:
+    """Rivals that read the files and do nothing else, with buffers of several sizes."""
+
+    def reading(size: int) -> Callable[[], object]:
+        buffers = [bytearray(size) for _ in range(threads)]
+        return lambda: read_all(files, buffers)
+
+    return {f"{threads} thread{'s' * (threads > 1)}, {size // KIB} KiB": reading(size) for size in BUFFERS}
+
+
+def diffs_of(base: Checkpoint, tuned: Checkpoint, twin: Checkpoint) -> dict[str, Callable[[], object]]:
+    """The diff without spectra, by what is compared; `twin` is a copy of the base in files of its own."""
 
     def first() -> None:
         pairs.NORMS.forget()
         diff_weights(base, tuned, spectra=False)
 
-    rivals: dict[str, Callable[[], object]] = {
-        **{name: reading(buffer) for name, buffer in buffers.items()},
-        "first": first,
-        "norms": lambda: diff_weights(base, tuned, spectra=False),
-        "equal": lambda: diff_weights(base, base, spectra=False),
-    }
-    wall, own = (interleaved(rivals, rounds=rounds, clock=clock) for clock in (time.perf_counter, time.process_time))
-    fastest, least = (min(buffers, key=lambda name: times.typical(name).value or 0.0) for times in (wall, own))
-    slow = interleaved(
-        {
-            fastest: rivals[fastest],
-            "spectra": lambda: diff_weights(base, tuned),
-            "load": lambda: [loaded(file) for file in files],
-            "norms": rivals["norms"],
-        },
-        rounds=1,
-        warm_up=0,
-    )
-    cold = from_disk(files, {name: rivals[name] for name in (fastest, "norms", "equal")}, rounds=rounds)
-    unit = f"of the rate of {fastest}"
-    note = f"{gigabytes:.3g} GB in all, warm, wall time, {rounds} rounds after a warm one"
-    threads = f"processor time of all threads, against that of {least}"
     return {
-        "diff_vs_read": wall.ratio(fastest, "norms", unit=unit, note=note),
-        "diff_vs_read_first": wall.ratio(fastest, "first", unit=unit, note="the base's norms not known"),
-        "diff_vs_read_equal": wall.ratio(fastest, "equal", unit=unit, note="no tensor changed"),
-        "diff_vs_read_spectra": slow.ratio(fastest, "spectra", unit=unit, note="one round"),
-        "diff_vs_read_cpu": own.ratio(least, "norms", unit="of the read rate", note=threads),
-        "diff_vs_read_first_cpu": own.ratio(least, "first", unit="of the read rate", note=threads),
-        "diff_vs_read_equal_cpu": own.ratio(least, "equal", unit="of the read rate", note=threads),
-        "diff_vs_read_cold": cold.ratio(fastest, "norms", unit=unit, note="files read from the disk, not from memory"),
-        "diff_vs_read_equal_cold": cold.ratio(fastest, "equal", unit=unit, note="the same, no tensor changed"),
-        "cold_read_rate": Figure(gigabytes / (cold.typical(fastest).value or 1.0), "GB/s"),
-        "diff_vs_load": slow.ratio("load", "norms", unit="times ours", note="both state dicts by safetensors"),
-        "diff_rate": Figure(gigabytes / (wall.typical("norms").value or 1.0), "GB/s", note="both files counted"),
-        **{f"rate of {name}": Figure(gigabytes / (wall.typical(name).value or 1.0), "GB/s") for name in buffers},
+        "diff": lambda: diff_weights(base, tuned, spectra=False),
+        "diff, first": first,
+        "diff, equal": lambda: diff_weights(base, twin, spectra=False),
+    }
+
+
+def compared(name: str, times: Timings, readers: Iterable[str], note: str) -> dict[str, Figure]:
+    """The rate of each diff over that of the fastest reader."""
+    fastest = quickest(times, readers)
+    return {
+        name + end: times.ratio(fastest, diff, unit=f"of the rate of {fastest}", note=f"{note}; {what}")
+        for diff, end, what in (
+            ("diff", "", "every tensor changed, the base's norms known"),
+            ("diff, first", "_first", "every tensor changed, the base's norms not known"),
+            ("diff, equal", "_equal", "the base beside a copy of it, its norms known"),
+        )
+    }
+
+
+def quickest(times: Timings, names: Iterable[str]) -> str:
+    return min(names, key=lambda name: times.typical(name).value or 0.0)
+
+
+def rates(state: str, times: Timings, size: int) -> dict[str, Figure]:
+    """GB/s of everything that was timed, both sides of the pair counted."""
+    return {
+        f"{state} rate of {name}": Figure(size / 1e9 / (times.typical(name).value or 1.0), "GB/s")
+        for name in times.seconds
     }
 
 
@@ -162,6 +199,18 @@ def values(shape: tuple[int, int], seed: int, scale: float, random: torch.Genera
     return (own + scale * torch.randn(shape, generator=random) if scale else own).to(torch.bfloat16)
 
 
+def read_all(files: Sequence[Path], buffers: Sequence[bytearray]) -> None:
+    """Read every file once: a thread for each buffer takes the next one that nobody has."""
+    turns = iter(files)
+
+    def work(buffer: bytearray) -> None:
+        for file in turns:
+            read(file, buffer)
+
+    with ThreadPoolExecutor(len(buffers)) as threads:
+        list(threads.map(work, buffers))
+
+
 def read(file: Path, buffer: bytearray) -> None:
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
@@ -169,18 +218,26 @@ def read(file: Path, buffer: bytearray) -> None:
 
 
 def from_disk(files: Sequence[Path], rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Timings:
-    """Times once the system has forgotten what it holds of the files: how a checkpoint is met for the first time."""
+    """Times once the system has forgotten what it holds of the files: how a checkpoint is met for the first time.
+
+    Every other round goes in the opposite order, as in `interleaved`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, run in rivals.items():
+    for turn in range(rounds):
+        for name in list(rivals) if turn % 2 == 0 else list(rivals)[::-1]:
             for file in files:
-                with file.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                forget(file)
             started = time.perf_counter()
-            run()
+            rivals[name]()
             seconds[name].append(time.perf_counter() - started)
     return Timings(seconds)
+
+
+def forget(file: Path) -> None:
+    """Have the system drop a file from its page cache."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def loaded(file: Path) -> list[torch.Tensor]:

@@ -15,13 +15,15 @@ bank (`organisms/train.py --bank`); no organism starts from a member of it that 
     norm_ranking_exact    the naive rival: the planted number of layers that moved most, relative to the base; it is
                           told how many. cosine_ranking_exact and cka_ranking_exact: the same by activations
     easy_exact            exact in organisms whose other layers did not move
-    diff_vs_read          rate of the weight diff over the fastest plain read of the same bytes: one thread, files in
-                          the page cache, into one buffer of 512 KiB, 1 MiB or 16 MiB; every tensor changed, norms and
-                          patterns alone; "first": a base whose norms nobody has read; "equal": no tensor changed;
-                          "spectra": singular values too
-    diff_vs_read_cpu      the same by processor time, in which the diff's threads count one by one
-    diff_vs_read_cold     the first with the files on the disk and not in memory, as they are after a download
-    diff_vs_load          time of loading both state dicts with safetensors, over that of the diff
+    diff_vs_read          rate of the weight diff over that of the fastest plain read of the same files, both from the
+                          disk and not from memory, as after a download. Plain: one thread, or files dealt to as many
+                          as the diff has, each with a buffer of its own. The diff: norms and patterns alone, every
+                          tensor changed, the base's norms known; "first": not known; "equal": a copy of the base
+    diff_vs_read_warm     the same, files in the page cache, over the fastest plain read from there, into buffers of
+                          512 KiB, 1 MiB or 16 MiB; "first" and "equal" likewise; "spectra": singular values too; "cpu":
+                          by processor time, in which threads count one by one
+    cold rate, warm rate  GB/s of each of them from the disk and from memory, both sides of the pair counted
+    diff_vs_load          time of loading both state dicts with safetensors, over that of the diff; files in memory
     peak_extra_mb         growth of the process during the diff with spectra beyond two tensors, in MB; "norms": without
     adapter_seconds       a rank-16 adapter of all 7 x 32 matrices of Llama 3 8B, the base's norms known
 """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,17 +40,15 @@ def adapter_tensors(base: Weights, tuned: Checkpoint, blocks: Blocks) -> list[Te
     names = {module: _adapted_name(module, shapes, tuned) for module in pairs}
     for module, pair in pairs.items():
         _check_adapter_shape(names[module], shapes[names[module]], pair, tuned)
-    grams = _grams(tuple(pairs.values()), tuned)
-    values = _by_rank({module: (grams[pair.b.name], grams[pair.a.name]) for module, pair in pairs.items()})
+    values = _singular_values(pairs, tuned)
     found = []
     for module, pair in pairs.items():
-        name, own = names[module], abs(pair.scale) * values[module]
-        energies = own.square()
-        norm, fourth = math.sqrt(float(energies.sum())), float(energies.square().sum())
+        name, own = names[module], [abs(pair.scale) * value for value in values[module]]
+        norm = math.hypot(*own)  # whose squares may leave the range
         kinds = (dtype_of(base, name), pair.b.dtype)
         rank = pair.rank if norm else None
-        spectrum = tuple(own[:SPECTRUM].tolist()) if norm else ()
-        effective = norm**4 / fourth if fourth else 0.0
+        spectrum = tuple(own[:SPECTRUM]) if norm else ()
+        effective = 1 / sum((value / norm) ** 4 for value in own) if norm else 0.0
         place = blocks.locate(name)
         base_norm = _base_norm(base, name)
         found.append(
@@ -58,18 +57,59 @@ def adapter_tensors(base: Weights, tuned: Checkpoint, blocks: Blocks) -> list[Te
     return found
 
 
-def _grams(pairs: Sequence[LoraPair], tuned: Checkpoint) -> dict[str, Tensor]:
-    """B^T B or A A^T of every tensor, in float64, in which the squares of any float32 fit.
+def _singular_values(pairs: Mapping[str, LoraPair], tuned: Checkpoint) -> dict[str, list[float]]:
+    """Of every product B A, falling: two threads, each with half of the modules as they lie in the file."""
+    modules = sorted(pairs, key=lambda module: (str(pairs[module].a.file), pairs[module].a.start))
+    half = len(modules) // 2
+    halves = ({module: pairs[module] for module in part} for part in (modules[:half], modules[half:]))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(partial(_values_of, tuned=tuned), halves)
+    return first | second
 
-    Each of two threads opens a file once and reads one tensor after the other into the same memory, which costs a
-    quarter of reading each into memory of its own.
-    """
+
+def _values_of(pairs: Mapping[str, LoraPair], tuned: Checkpoint) -> dict[str, list[float]]:
+    """The products of one rank are decomposed together."""
+    grams, found = _grams(pairs.values(), tuned), dict[str, list[float]]()
+    for rank in {pair.rank for pair in pairs.values()}:
+        some = {module: pair for module, pair in pairs.items() if pair.rank == rank}
+        ups, downs = zip(*((grams[pair.b.name], grams[pair.a.name]) for pair in some.values()), strict=True)
+        values = gram_singular_values(*(torch.from_numpy(np.stack(side)) for side in (ups, downs)))
+        found |= zip(some, values.tolist(), strict=True)
+    return found
+
+
+def _grams(pairs: Iterable[LoraPair], tuned: Checkpoint) -> dict[str, np.ndarray]:
+    """B^T B or A A^T of every tensor, in float64, in which the squares of any float32 fit."""
     sides = [_Side(info, is_a) for pair in pairs for info, is_a in ((pair.a, True), (pair.b, False))]
     sides.sort(key=lambda side: (str(side.info.file), side.info.start))
-    half = len(sides) // 2
-    with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(partial(_grams_of, tuned=tuned), (sides[:half], sides[half:]))
-    return first | second
+    found, desk = {}, _Desk(side.info for side in sides)
+    for _, group in groupby(sides, key=lambda side: side.info.file):
+        some = list(group)
+        with open_tensor(some[0].info) as file:
+            for info, is_a in some:
+                view, stored, wide = desk.place(info.dtype, info.shape)
+                file.seek(info.start)
+                if file.readinto(view) != info.nbytes:
+                    raise CorruptFileError("the adapter was cut while it was read", path=info.file)
+                matrix = wide.copy_(stored).numpy()
+                gram = _gram(matrix if is_a else matrix.T)
+                if not gram.trace() <= _LARGEST:  # NaN is not
+                    check_finite(stored.to(torch.float32), info.name, tuned.path)
+                found[info.name] = gram
+    return found
+
+
+def _gram(side: np.ndarray) -> np.ndarray:
+    """A matrix [rank, n] times its transpose; numpy lets other threads run meanwhile."""
+    rank, length = side.shape
+    if rank > _FEW:
+        return np.asarray(side @ side.T)  # which numpy sees, and does half of the work
+    whole, half = length - length % _PIECE, rank // 2
+    pieces, rest = side[:, :whole].reshape(rank, -1, _PIECE).swapaxes(0, 1), side[:, whole:]
+    across = pieces.swapaxes(1, 2)
+    # By halves, for of a matrix with itself numpy calls BLAS' symmetric product.
+    sums = [(pieces[:, part] @ across).sum(0) for part in (slice(half), slice(half, None))]
+    return np.asarray(np.concatenate(sums) + rest @ rest.T)
 
 
 class _Side(NamedTuple):
@@ -77,43 +117,28 @@ class _Side(NamedTuple):
     is_a: bool
 
 
-def _grams_of(sides: Sequence[_Side], tuned: Checkpoint) -> dict[str, Tensor]:
-    found, memory = {}, bytearray(max((side.info.nbytes for side in sides), default=0))
-    wide = torch.empty(max((math.prod(side.info.shape) for side in sides), default=0), dtype=torch.float64)
-    for _, group in groupby(sides, key=lambda side: side.info.file):
-        some = list(group)
-        with open_tensor(some[0].info) as file:
-            for info, is_a in some:
-                view = memoryview(memory)[: info.nbytes]
-                file.seek(info.start)
-                if file.readinto(view) != info.nbytes:
-                    raise CorruptFileError("the adapter was cut while it was read", path=info.file)
-                stored = torch.frombuffer(view, dtype=getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
-                gram = _gram(wide[: stored.numel()].view(info.shape).copy_(stored), is_a)
-                if not float(gram.diagonal().max()) <= _LARGEST:  # NaN is not
-                    check_finite(stored.to(torch.float32), info.name, tuned.path)
-                found[info.name] = gram
-    return found
+class _Desk:
+    """Memory of one thread, in which each tensor follows the last: a quarter of what memory of its own would cost."""
+
+    def __init__(self, tensors: Iterable[TensorInfo]) -> None:
+        sizes = [(info.nbytes, math.prod(info.shape)) for info in tensors] or [(0, 0)]
+        self._bytes = torch.empty(max(nbytes for nbytes, _ in sizes), dtype=torch.uint8)
+        self._wide = torch.empty(max(count for _, count in sizes), dtype=torch.float64)
+        self.place = cache(self._place)  # an adapter has few shapes
+
+    def _place(self, dtype: str, shape: tuple[int, ...]) -> tuple[memoryview, Tensor, Tensor]:
+        """Bytes to read a tensor into, the tensor that they are, and where it becomes float64."""
+        kind: torch.dtype = getattr(torch, DTYPES[dtype][1])
+        count = math.prod(shape)
+        stored = self._bytes[: count * kind.itemsize]
+        return stored.numpy().data, stored.view(kind).view(shape), self._wide[:count].view(shape)
 
 
-def _gram(side: Tensor, is_a: bool) -> Tensor:
-    """A A^T or B^T B. Of a matrix with itself numpy does half of a product's work, and lets other threads run."""
-    matrix = side.numpy()
-    return torch.from_numpy(matrix @ matrix.T if is_a else matrix.T @ matrix)
-
-
+# Products of pieces this long and of so few rows need no packing in OpenBLAS (`DGEMM_SMALL_MATRIX_OPT`), which takes
+# most of the time of longer ones: with the conversion they cost half of the symmetric product of the whole.
+_PIECE, _FEW = 1024, 32
 # A sum of squares below this holds nothing that float32 cannot.
 _LARGEST = float(torch.finfo(torch.float32).max) ** 2
-
-
-def _by_rank(grams: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Singular values of every product, those of one rank decomposed together."""
-    found: dict[str, Tensor] = {}
-    for rank in {len(up) for up, _ in grams.values()}:
-        modules = [module for module, (up, _) in grams.items() if len(up) == rank]
-        values = gram_singular_values(*(torch.stack([grams[module][side] for module in modules]) for side in (0, 1)))
-        found |= dict(zip(modules, values, strict=True))
-    return found
 
 
 def _base_norm(base: Weights, name: str) -> float:

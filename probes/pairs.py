@@ -22,7 +22,19 @@ from activations.errors import CorruptFileError, printable
 from activations.quantised import QuantisedTensor
 from activations.tensors import DTYPES, TensorInfo, open_tensor
 
-__all__ = ["BLOCK", "NORMS", "Block", "Norms", "Pair", "PairReader", "Side", "Weights", "dtype_of", "shapes_of"]
+__all__ = [
+    "BLOCK",
+    "NORMS",
+    "Block",
+    "Norms",
+    "Pair",
+    "PairReader",
+    "Side",
+    "Weights",
+    "count_workers",
+    "dtype_of",
+    "shapes_of",
+]
 
 Weights = Checkpoint | Mapping[str, Tensor]
 """Weights in files, or a state dict."""
@@ -214,7 +226,7 @@ class Pair:
         if len(spans) == 1 or self.workers is None:  # not worth a thread's time
             work()
         else:
-            for done in [self.workers.submit(work) for _ in range(min(_count_workers(), len(spans)))]:
+            for done in [self.workers.submit(work) for _ in range(min(count_workers(), len(spans)))]:
                 done.result()
         return [found[turn] for turn in range(len(spans))]
 
@@ -247,7 +259,7 @@ class PairReader:
 
     def __init__(self) -> None:
         self.memory = _Memory(), _Memory()
-        self._workers = ThreadPoolExecutor(_count_workers())
+        self._workers = ThreadPoolExecutor(count_workers())
         self._scratch = threading.local()
 
     def __enter__(self) -> PairReader:
@@ -277,15 +289,16 @@ def dtype_of(weights: Weights, name: str) -> str:
     return next(known for known, (_, torch_name) in DTYPES.items() if torch_name == kind)
 
 
+def count_workers() -> int:
+    """Threads that a `PairReader` reads and compares on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _MOST_WORKERS)
+
+
 def _as_matrix(tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
         return tensor.reshape(1, -1)
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, max(1, tensor.shape[-1]))
-
-
-def _count_workers() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, _MOST_WORKERS)
 
 
 def _read(info: TensorInfo, file: BufferedReader, offset: int, view: memoryview) -> None:

@@ -1,6 +1,7 @@
 """The parts of the localisation benchmark that plant and count; what it measures is on the real base."""
 
 import copy
+from collections import Counter
 
 import diff_cost
 import localisation
@@ -86,3 +87,39 @@ def test_the_synthetic_pair_is_sharded_and_changed_everywhere(tmp_path):
     assert len({info.file for info in base.tensors.values()}) > 1
     assert largest == max(info.nbytes for info in base.tensors.values())
     assert all(tensor.relative == pytest.approx(0.05, rel=0.3) for tensor in found.tensors)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_plain_read_reads_every_file_once(tmp_path, monkeypatch, threads):
+    files = [tmp_path / str(number) for number in range(7)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(100 * number))
+    taken, read = Counter(), diff_cost.read
+    monkeypatch.setattr(diff_cost, "read", lambda file, buffer: taken.update([file]) or read(file, buffer))
+    diff_cost.read_all(files, [bytearray(64) for _ in range(threads)])
+    assert taken == Counter(files)
+
+
+def test_rates_from_the_disk_and_from_memory_are_kept_apart_and_explained(tmp_path, monkeypatch):
+    base, tuned, _ = diff_cost.synthetic_pair(tmp_path, 0.02)
+    forgotten, forget = Counter(), diff_cost.forget
+    monkeypatch.setattr(diff_cost, "forget", lambda file: forgotten.update([file.parent.name]) or forget(file))
+    monkeypatch.setattr(diff_cost.pairs, "count_workers", lambda: 2)
+    figures = diff_cost.speed(base, tuned, rounds=1)
+    ratios = {name: figure for name, figure in figures.items() if name.startswith("diff_vs_read")}
+    assert set(ratios) == {
+        f"diff_vs_read{state}{end}" for state in ("", "_warm", "_warm_cpu") for end in ("", "_first", "_equal")
+    } | {"diff_vs_read_warm_spectra"}
+    assert all(figure.value > 0 and "thread" in figure.unit for figure in ratios.values())
+    assert all(("disk" in figure.note) != ("_warm" in name) for name, figure in ratios.items())
+    read = [name for name in figures if name.startswith("cold rate of") and "thread" in name]
+    assert [name[:16] for name in read] == ["cold rate of 1 t", "cold rate of 2 t"]
+    # The fastest of what was read is what the diff is compared with.
+    fastest = max(read, key=lambda name: figures[name].value)
+    assert figures["diff_vs_read"].unit == f"of the rate of {fastest.removeprefix('cold rate of ')}"
+    assert figures["diff_vs_read"].value == pytest.approx(
+        figures["cold rate of diff"].value / figures[fastest].value, rel=1e-9
+    )
+    # Equal tensors are compared with a copy in files of its own, which the system has forgotten too.
+    assert set(forgotten) == {"base", "tuned", "twin"}
+    assert not (tmp_path / "twin").exists()

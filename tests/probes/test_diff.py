@@ -151,6 +151,21 @@ def test_an_adapter_is_measured_as_the_merged_weights_are(weights, saved, adapte
     assert np.flatnonzero(native.layer_profile()).tolist() == [2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 7, 40])  # the last is multiplied whole, the others piece by piece
+def test_small_singular_values_of_a_long_adapter_are_as_exact_as_the_largest(adapter, torch_rng, dtype, rank):
+    module, sizes = "layers.0.q_proj", 10 ** -torch.linspace(0, 4, min(rank, 8))
+    up, down = torch.randn(2500, rank, generator=torch_rng), torch.randn(rank, 3100, generator=torch_rng)
+    up[:, : len(sizes)] *= sizes
+    up[:, len(sizes) :] *= 1e-4
+    saved = adapter({module: (up.to(dtype), down.to(dtype))}, alpha=rank, rank=rank)
+    (found,) = diff_weights({f"{module}.weight": torch.ones(2500, 3100)}, saved).tensors
+    exact = low_rank_singular_values(up.to(dtype), down.to(dtype))
+    assert found.spectrum == pytest.approx(exact[:8].tolist(), rel=1e-6)
+    assert found.spectrum[-1] < 2e-4 * found.spectrum[0] or rank == 1
+    assert found.effective_rank == pytest.approx(float(exact.square().sum() ** 2 / exact.pow(4).sum()), rel=1e-9)
+
+
 def test_an_adapter_of_transposed_weights_is_measured(weights, adapter, torch_rng):
     name = "model.layers.2.self_attn.q_proj"
     up, down = torch.randn(D_MODEL, 2, generator=torch_rng), torch.randn(2, 32, generator=torch_rng)
@@ -203,6 +218,15 @@ def test_the_greatest_weights_there_are_give_finite_numbers(weights, saved):
             weights,
             saved(weights | {"model.norm.weight": torch.full((D_MODEL,), 1e300, dtype=torch.float64)}, "double"),
         )
+
+
+def test_the_greatest_weights_of_an_adapter_give_finite_numbers(weights, adapter):
+    largest = torch.finfo(torch.float32).max
+    pairs = {"model.layers.0.self_attn.q_proj": (torch.full((32, 2), largest), torch.full((2, D_MODEL), largest))}
+    (tensor,) = diff_weights(weights, adapter(pairs)).tensors
+    assert tensor.norm == pytest.approx(4 * 2 * largest * largest * math.sqrt(32 * D_MODEL))
+    assert tensor.effective_rank == pytest.approx(1)
+    json.dumps(tensor.to_dict(), allow_nan=False)
 
 
 def test_names_chosen_to_cost_time_are_compared_quickly(weights, saved):
