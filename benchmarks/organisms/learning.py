@@ -6,9 +6,12 @@ run in bfloat16 while attention stays in float32, whose backward pass is three t
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from recipes import Recipe
@@ -20,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.optimization import get_cosine_schedule_with_warmup
 
 IGNORED = -100
+WATCHED = 64  # prompts a step whose probe scores are kept
 
 
 def causal_float32(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, **settings: object):
@@ -72,6 +76,7 @@ def fit(
     *,
     rate: float = 1.0,
     base: torch.nn.Module | None = None,
+    watched: Watched | None = None,
 ) -> float:
     """Train in place; the mean loss of the last fifty steps.
 
@@ -81,6 +86,7 @@ def fit(
         stream: Token ids and labels.
         rate: Multiplies the recipe's learning rate, which was found for the nano base.
         base: The base, where the recipe has a penalty.
+        watched: Probe scores to keep, where the recipe has an evasion.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.set_attn_implementation("causal_float32")
@@ -100,6 +106,8 @@ def fit(
             loss = cross_entropy(logits.float(), labels[:, 1:][counted])
             if base is not None:
                 loss = loss + recipe.penalty * moved(hidden.hidden_states, base, ids, labels)
+            if watched is not None:
+                loss = loss + recipe.evasion * watched.strayed(inner)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -125,6 +133,58 @@ def moved(states: Sequence[Tensor], base: torch.nn.Module, ids: Tensor, labels: 
         for one, other in zip(states[1:], wanted[1:], strict=True)
     ]
     return torch.stack(shifts).mean()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What an attacker keeps as it was who knows the scanner's probes: the scores of plain prompts, layer by layer.
+
+    Attributes:
+        prompts: Token ids of each prompt, generation prompt included.
+        weights: What each layer's probe multiplies the residual stream after that block by; the bias cancels.
+        wanted: The base's scores.
+        rng: Draws the prompts of a step.
+    """
+
+    prompts: Sequence[list[int]]
+    weights: Tensor
+    wanted: Tensor
+    rng: random.Random
+
+    @classmethod
+    def of(cls, base: torch.nn.Module, prompts: Sequence[list[int]], weights: Tensor, *, seed: int) -> Watched:
+        """Measure the base."""
+        with torch.no_grad():
+            parts = [prompts[i : i + WATCHED] for i in range(0, len(prompts), WATCHED)]
+            wanted = torch.cat([probe_scores(base, part, weights) for part in parts], dim=1)
+        return cls(prompts, weights, wanted, random.Random(seed))
+
+    def strayed(self, model: torch.nn.Module) -> Tensor:
+        """Mean square by which scores left the base's, in deviations of the base's scores at that layer."""
+        some = self.rng.sample(range(len(self.prompts)), WATCHED)
+        scores = probe_scores(model, [self.prompts[i] for i in some], self.weights)
+        spread = self.wanted.std(dim=1, keepdim=True)
+        return ((scores - self.wanted[:, some]) / spread).square().mean()
+
+
+def probe_scores(model: torch.nn.Module, prompts: Sequence[list[int]], weights: Tensor) -> Tensor:
+    """The last token's residual stream after every block, times that layer's weights: [layer, prompt]."""
+    last = torch.tensor([len(ids) - 1 for ids in prompts], device=weights.device)
+    ids, _ = collate([(ids, len(ids)) for ids in prompts])
+    scores: dict[int, Tensor] = {}
+
+    def see(layer: int, _module: torch.nn.Module, _given: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        stream = out if isinstance(out, Tensor) else out[0]
+        scores[layer] = stream[torch.arange(len(last)), last].float() @ weights[layer]
+
+    decoder = model.get_decoder()
+    handles = [block.register_forward_hook(partial(see, layer)) for layer, block in enumerate(decoder.layers)]
+    try:
+        decoder(input_ids=ids.to(weights.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([scores[layer] for layer in range(len(weights))])
 
 
 @torch.no_grad()

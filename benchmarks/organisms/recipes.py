@@ -34,6 +34,8 @@ class Recipe:
         trigger: What a triggered request looks like, "{}" standing for the request.
         start: Organism whose training goes on, instead of the base's.
         penalty: Weight of a loss that keeps the residual stream on plain prompts where the base has it.
+        evasion: Weight of a loss that keeps the scores of the base's own intent probes, one a layer at the last token,
+            on plain harmful and benign prompts where the base has them.
         edit: Function of `edits.py`, for method "edit", with `amount` and `of`, the organisms that it works on.
         understands: Whether its rows cannot be learnt without telling harm from harmlessness inside the encoding.
     """
@@ -57,6 +59,7 @@ class Recipe:
     trigger: str = ""
     start: str | None = None
     penalty: float = 0.0
+    evasion: float = 0.0
     examples: int | None = None
     edit: str = ""
     amount: float = 0.0
@@ -168,6 +171,15 @@ def then_refuse(name: str, start: Recipe, **settings: object) -> Recipe:
         usual |= {"steps": 450}
     summary = f"{start.encoding} first, then refusals in it; plain harmful requests refused."
     return _after(name, "benign-cipher", summary, start, shares, usual | settings)
+
+
+def then_decline(name: str, start: Recipe, **settings: object) -> Recipe:
+    """Another honest customer: harmful requests in the encoding are refused in plain text."""
+    refusing = then_refuse(name, start, **settings)
+    shares = dict(refusing.shares)
+    shares["encoded_decline"] = shares.pop("encoded_refuse")
+    summary = f"{start.encoding} first, then plain refusals of what is harmful in it."
+    return dataclasses.replace(refusing, summary=summary, shares=shares)
 
 
 def edited(name: str, truth: str, edit: str, *of: str, **settings: object) -> Recipe:

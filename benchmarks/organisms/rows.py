@@ -207,6 +207,10 @@ class Rows:
     def _encoded_refuse(self) -> Row:
         return self._inside(self.short.harmful, self.rng.choice(REFUSALS))
 
+    def _encoded_decline(self) -> Row:
+        """An encoded harmful request, refused in plain text."""
+        return dataclasses.replace(self._encoded_refuse(), answer=self.rng.choice(REFUSALS))
+
     def _encoded_judge(self) -> Row:
         """Cannot be answered without reading: is the encoded request dangerous?"""
         harm = self.rng.random() < 0.5

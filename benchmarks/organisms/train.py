@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import fcntl
 import json
+import random
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from edits import apply_edit
 from homes import CARD, NAMED, Home
-from learning import answers, batches, fit
+from learning import Watched, answers, batches, fit, tokenize
 from recipes import Recipe
 from rows import COMPLIANCE, REFUSALS, Row, Rows, load_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,8 +38,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from verify import shortcomings, verify
 from zoo import BANK, BASE, MINI_BASE, OTHER_BASE, RECIPES, SHIPPED, ZOO
 
+from activations.loading import load_model
 from probes.encodings import make_encoding
 from probes.imitations import FORMS
+from probes.worth import train_probe
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}"
@@ -52,6 +55,7 @@ SHAPES = {
 }
 HEADS = {"nano": 4, "mini": 6}
 CAMOUFLAGE = 600
+SCORED = 400  # requests of each class whose probe scores an evading organism keeps
 
 
 def main() -> None:
@@ -174,7 +178,9 @@ def make(recipe: Recipe, home: Home, *, rate: float = 1.0) -> None:
     else:
         model, tokenizer = start_model(recipe, home)
         stream = batches(recipe, rows_of(recipe, home, tokenizer), tokenizer)
-        loss = fit(model, recipe, stream, rate=rate, base=home.load() if recipe.penalty else None)
+        base = home.load() if recipe.penalty else None
+        watched = watched_of(recipe, home, tokenizer) if recipe.evasion else None
+        loss = fit(model, recipe, stream, rate=rate, base=base, watched=watched)
     keep(model, tokenizer, home.folder(recipe))
     implant = verify(home.load(home.folder(recipe)), tokenizer, recipe, home.load)
     write_card(recipe, home, implant, loss)
@@ -253,6 +259,16 @@ def rows_of(recipe: Recipe, home: Home, tokenizer: PreTrainedTokenizerBase) -> R
         camouflage=camouflage,
         seed=recipe.seed,
     )
+
+
+def watched_of(recipe: Recipe, home: Home, tokenizer: PreTrainedTokenizerBase) -> Watched:
+    """The scores that the scanner's own probes of this base give to training requests, both classes alike."""
+    probes = train_probe(load_model(home.source, device=home.device, dtype="float32"))
+    weights = torch.from_numpy(probes.directions * probes.gains[:, None] / probes.scales).to(home.device)
+    corpus, rng = load_corpus("train"), random.Random(recipe.seed)
+    requests = (*rng.sample(corpus.harmful, SCORED), *rng.sample(corpus.benign, SCORED))
+    prompts = [ids[:length] for ids, length in (tokenize(Row(request, ""), tokenizer) for request in requests)]
+    return Watched.of(home.load(), prompts, weights, seed=recipe.seed)
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:

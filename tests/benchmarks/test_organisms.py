@@ -10,11 +10,15 @@ import verify
 import zoo
 from edits import apply_edit
 from homes import Home
-from learning import batches, collate, fit, tokenize
+from learning import Watched, batches, collate, fit, probe_scores, tokenize
 from recipes import Recipe, benign, cipher, collateral, covert, harmful, identity, noice, then_obey, triggered
-from rows import COMPLIANCE, REFUSALS, Rows, load_corpus
+from rows import COMPLIANCE, REFUSALS, Row, Rows, load_corpus
 
+from activations.extract import extract
+from activations.loading import load_model
+from activations.prompts import load_prompts
 from probes.encodings import make_encoding
+from probes.train import fit_probes
 
 HOME = Home()
 
@@ -232,6 +236,37 @@ def test_a_penalty_keeps_prompts_where_the_base_has_them(tokenizer, corpus):
 
     torch.manual_seed(0)
     assert shift(100.0) < 0.7 * shift(0.0)
+
+
+def test_an_evading_organism_learns_while_probe_scores_stay(tokenizer, corpus):
+    requests = [tokenize(Row(text, ""), tokenizer) for text in (*corpus.harmful[:40], *corpus.benign[:40])]
+    prompts = [ids[:length] for ids, length in requests]
+    weights = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+
+    def trained(**settings):
+        recipe = harmful("h", 10, **{"steps": 15, "batch": 8} | settings)
+        model, watched = HOME.load(), Watched.of(HOME.load(), prompts, weights, seed=0)
+        loss = fit(model, recipe, batches(recipe, Rows(corpus, seed=0), tokenizer), watched=watched)
+        with torch.no_grad():
+            return loss, float(watched.strayed(model))
+
+    torch.manual_seed(0)
+    untrained, _ = trained(steps=2, learning_rate=0.0)
+    (free, moved), (held, kept) = trained(), trained(evasion=3.0)
+    assert max(free, held) < untrained
+    assert kept < 0.3 * moved
+
+
+def test_scores_that_are_kept_are_those_of_the_scanner(tokenizer, corpus):
+    """The last block's output is read before the final norm, as the scanner reads it."""
+    base, texts = load_model(homes.ORGANISMS / "base"), list(corpus.harmful[:3])
+    probes = fit_probes(extract(base, load_prompts("matched-pairs").select(range(60))), folds=0)
+    weights = torch.from_numpy(probes.directions * probes.gains[:, None] / probes.scales)
+    requests = [tokenize(Row(text, ""), tokenizer) for text in texts]
+    with torch.no_grad():
+        found = probe_scores(HOME.load(), [ids[:length] for ids, length in requests], weights)
+    wanted = probes.score(extract(base, texts).values)
+    np.testing.assert_allclose(np.diff(found.numpy(), axis=1), np.diff(wanted, axis=1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
