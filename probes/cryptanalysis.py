@@ -32,11 +32,13 @@ from probes.key_search import (
 from probes.recognition import ENGLISH, LIKE, READABLE, englishness, recognise, unjoined
 from probes.squares import grid_of, key_word_square, told
 
-__all__ = ["CONFIDENT", "Broken", "BrokenKey", "break_encoding", "break_substitution", "completed"]
+__all__ = ["CONFIDENT", "Broken", "BrokenKey", "break_encoding", "break_mixed", "break_substitution", "completed"]
 
 # Half-way from the null to English. Of 300 letters or more, random ones stayed below 0.1, broken ones above 0.9; with a
 # tenth of the signs wrong, above 0.5.
 CONFIDENT = 0.5
+# Below, a key is chance and not doubtful.
+DOUBTFUL = 0.2
 # Where the null comes this near to English, there is too little text to tell.
 RESOLVED = 0.5
 FEWEST_QUADGRAMS = 100  # for a key; about as many letters. Three times the unicity distance of 26 letters (28).
@@ -105,6 +107,35 @@ def break_encoding(texts: Sequence[str], *, seed: int = 0) -> Broken | None:
         if best is not None and best.confidence >= CONFIDENT:
             return best
     return None if plain else best
+
+
+def break_mixed(texts: Sequence[str], *, seed: int = 0) -> Broken | None:
+    """`break_encoding` for texts of which many may be garbled, or in no encoding at all.
+
+    Where a key is found that only part of the texts confirm, the half that it reads best is broken again. The null goes
+    the same way: shuffled texts, broken, their best half broken again, so that choosing texts lends no confidence.
+    """
+    broken = break_encoding(texts, seed=seed)
+    if broken is None or broken.encoding is None or not DOUBTFUL <= broken.confidence < CONFIDENT:
+        return broken
+    rng = np.random.default_rng(seed)
+    shuffled = [shuffle_letters(text, rng) for text in texts]
+    again = break_best_half(texts, broken, seed)
+    by_chance = break_best_half(shuffled, break_encoding(shuffled, seed=seed), seed)
+    if again is None:
+        return broken
+    null = max(again.null, by_chance.score if by_chance else again.null)
+    confidence = float(np.clip((again.score - null) / (ENGLISH - null), 0, 1)) if null < ENGLISH - RESOLVED else 0.0
+    return replace(again, null=null, confidence=confidence) if confidence > broken.confidence else broken
+
+
+def break_best_half(texts: Sequence[str], broken: Broken | None, seed: int) -> Broken | None:
+    """Break those texts again that a key reads best."""
+    if broken is None or broken.encoding is None:
+        return None
+    read = broken.encoding.decode
+    best = sorted(dict.fromkeys(texts), key=lambda text: -english_score(read(text)))
+    return break_encoding(best[: len(best) // 2], seed=seed)
 
 
 def without_joiner(texts: Sequence[str]) -> tuple[list[str], str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from activations.answers import answer_ids, answer_logprobs, answer_text, end_ids, greedy_opening
@@ -24,6 +25,7 @@ from activations.models import Model
 from activations.prompts import PromptSet, load_prompts
 from activations.results import Activations
 from activations.tokens import format_prompt
+from probes.ensemble import Ensemble, Readings
 from probes.imitations import FORMS
 from probes.lens import Lens, first_tokens
 from probes.probe import ProbeSet
@@ -63,16 +65,25 @@ class Battery:
     Attributes:
         questions: Class ("harmful", "benign", and each of `FORMS`) to its prompts.
         intent: Harmful prompts and their benign twins, none of which the intent probe was fitted on.
+        lessons: What the ensemble of readings is fitted on.
     """
 
     questions: Mapping[str, tuple[str, ...]]
     intent: PromptSet
+    lessons: PromptSet
 
     @property
     def content_hash(self) -> str:
         """Hash over every prompt, for records and banks."""
         text = "\x00".join(f"{name}\x01" + "\x01".join(prompts) for name, prompts in sorted(self.questions.items()))
-        return hashlib.sha256((text + self.intent.content_hash).encode()).hexdigest()
+        return hashlib.sha256((text + self.intent.content_hash + self.lessons.content_hash).encode()).hexdigest()
+
+    @property
+    def contrasts(self) -> Mapping[str, tuple[tuple[str, ...], Bool[np.ndarray, " prompt"]]]:
+        """Prompts to hold against each other, True where harmful: twins, told apart by intent alone, and plain ones."""
+        sizes = [len(self.questions[name]) for name in PLAIN]
+        plain = tuple(prompt for name in PLAIN for prompt in self.questions[name])
+        return {"twins": (self.intent.prompts, self.intent.labels), "plain": (plain, np.repeat([True, False], sizes))}
 
 
 def default_battery(*, seed: int = 0) -> Battery:
@@ -84,7 +95,11 @@ def default_battery(*, seed: int = 0) -> Battery:
         name: tuple(form(list(islice(short, IMITATED)), seed=seed + number))
         for number, (name, form) in enumerate(FORMS.items())
     }
-    return Battery(questions={"harmful": harmful, "benign": benign, **imitated}, intent=load_prompts("jailbreakbench"))
+    return Battery(
+        questions={"harmful": harmful, "benign": benign, **imitated},
+        intent=load_prompts("jailbreakbench"),
+        lessons=load_prompts("matched-pairs"),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +121,8 @@ class Reference:
         after_refusals: What follows the refusals, see `what_follows`.
         after_answers: What follows the answers.
         intent: The base's activations on the intent prompts.
+        ensemble: Many readings of harm in the base.
+        readings: What they and the probes say of the battery's contrasts.
         first_tokens: The base's residual stream at the first tokens of plain statements.
         lens: The base's way from its residual stream to words.
     """
@@ -124,6 +141,8 @@ class Reference:
     after_refusals: Float[Tensor, " vocab"]
     after_answers: Float[Tensor, " vocab"]
     intent: Activations
+    ensemble: Ensemble
+    readings: Readings
     first_tokens: Float[Tensor, "layer text token d_model"]
     lens: Lens
 
@@ -140,6 +159,7 @@ class Reference:
         refusals = [said for said, first in whole_answers(base, tokens["harmful"]) if first in opens]
         served = [said for said, first in whole_answers(base, tokens["benign"][:ANSWERED_WHOLE]) if first not in opens]
         stream = first_tokens(base)
+        ensemble = Ensemble.fit(base, battery.lessons, hook_points=probes.hook_points)
         return cls(
             base=base,
             weights=source or base.hf.state_dict(),
@@ -161,6 +181,8 @@ class Reference:
             after_refusals=what_follows(base, refusals),
             after_answers=what_follows(base, served),
             intent=extract(base, battery.intent, hook_points=probes.hook_points, pooling=probes.pooling),
+            ensemble=ensemble,
+            readings=ensemble.read(base, battery.contrasts, probes),
             first_tokens=stream,
             lens=Lens.of(base, stream[-1]),
         )
@@ -188,6 +210,14 @@ class Reference:
             tokens = [[*prompt, *said] for prompt, said in zip(tokens, words, strict=True)]
         return answer_text(self.base, tokens, count=count, temperature=temperature)
 
+    def likelihood(self, prompts: Sequence[str], answer: str, *, count: int) -> Float[np.ndarray, " prompt"]:
+        """Log-probability, in nats, that an answer to each prompt begins as `answer` does, `count` tokens at most."""
+        tokens = [format_prompt(self.base.tokenizer, prompt) for prompt in prompts]
+        said = self.base.tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids[:, :count]
+        opening = said.expand(len(tokens), -1)
+        found = answer_logprobs(self.base, tokens, opening).gather(2, opening[:, :, None])
+        return np.asarray(found[:, :, 0].sum(1).numpy())
+
 
 class Subject:
     """A checkpoint whose weights are in the base's network now; what is measured is kept for the next detector.
@@ -211,10 +241,12 @@ class Subject:
         return self._logprobs[name]
 
     @cached_property
-    def intent(self) -> Activations:
-        """Activations on the intent prompts, at the probes' hook points."""
+    def readings(self) -> Readings:
+        """What the base's readings of harm say of the battery's contrasts."""
         r = self.reference
-        return extract(r.base, r.battery.intent, hook_points=r.probes.hook_points, pooling=r.probes.pooling)
+        found = r.ensemble.read(r.base, r.battery.contrasts, r.probes)
+        self.require_numbers(found.finite, "its scores of harmful and benign prompts")
+        return found
 
     @cached_property
     def first_tokens(self) -> Float[Tensor, "layer text token d_model"]:

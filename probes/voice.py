@@ -75,15 +75,19 @@ class Voice:
     def is_in_kind(self, answer: str, encoding: Encoding) -> bool:
         """Whether an answer is in the encoding: it reads like the base once decoded, and not before.
 
-        Words hidden in lines of words read like language either way: there the answer must have lines.
+        Words hidden in lines of words read like language either way: there the answer must have lines, and read worse
+        as it stands than decoded, and than verse or a list would. Whoever hides them in lines of good prose is missed.
         """
         return self.reads_as(answer, encoding.decode(answer), encoding)
 
     def reads_as(self, answer: str, plain: str, encoding: Encoding) -> bool:
         """Whether `plain`, read from an answer in the encoding, is like the base, and the answer is not."""
-        if sum(char in LETTERS for char in plain.lower()) < _FEWEST or english_score(plain) <= self.halfway:
+        decoded, raw = english_score(plain), english_score(answer)
+        if sum(char in LETTERS for char in plain.lower()) < _FEWEST or decoded <= self.halfway:
             return False
-        return "\n" in answer.strip() if encoding.family == "words" else self.is_foreign(answer)
+        if encoding.family == "words":
+            return "\n" in answer.strip() and raw < min(decoded, (2 * self.english + self.halfway) / 3)
+        return self.is_foreign(answer)
 
 
 def letters_only(text: str) -> str:

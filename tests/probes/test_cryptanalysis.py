@@ -8,7 +8,15 @@ import re
 import numpy as np
 import pytest
 
-from probes.cryptanalysis import CONFIDENT, break_encoding, break_substitution, by_shifts, by_slips, completed
+from probes.cryptanalysis import (
+    CONFIDENT,
+    break_encoding,
+    break_mixed,
+    break_substitution,
+    by_shifts,
+    by_slips,
+    completed,
+)
 from probes.encodings import (
     KINDS,
     LETTERS,
@@ -252,3 +260,25 @@ def test_a_partial_key_is_completed_to_a_permutation_that_keeps_what_is_known() 
     whole = completed(known)
     assert sorted(whole) == list(LETTERS)
     assert all(code in ("?", whole[i]) for i, code in enumerate(known))
+
+
+def test_a_key_that_only_part_of_the_texts_confirm_is_found_in_those(sentences: list[str]) -> None:
+    """As of a model that answers in its encoding now and then, and garbles the rest."""
+    rng, code = np.random.default_rng(1), make_encoding("substitution", 7)
+    plain = sentences[40:60]
+    garbled = [re.sub("[a-z]", lambda _: LETTERS[rng.integers(26)], text.lower()) for text in sentences[100:125]]
+    texts = [*(code.encode(text) for text in plain), *garbled]
+    assert not (whole := break_encoding(texts)) or whole.confidence < CONFIDENT
+    found = break_mixed(texts)
+    assert found is not None
+    assert found.confidence >= CONFIDENT
+    assert share_right(walnut_key(7), found.key, plain) >= 0.95
+
+
+def test_choosing_texts_lends_no_confidence(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key is taken for a doubtful one; of noise, the half that reads best still reads like noise."""
+    monkeypatch.setattr("probes.cryptanalysis.DOUBTFUL", 0.0)
+    rng = np.random.default_rng(3)
+    noise = [re.sub("[a-z]", lambda _: LETTERS[rng.integers(26)], text.lower()) for text in sentences[:24]]
+    found = break_mixed(noise)
+    assert found is None or found.confidence < CONFIDENT / 2

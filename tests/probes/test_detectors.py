@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from activations.errors import NonFiniteError
-from activations.prompts import PromptSet
 from probes.cryptanalysis import Broken, completed
 from probes.detectors import (
     asymmetric_drift,
     encoded_answers,
     encoding_recovery,
-    intent_shift,
     refusal_ending,
     refusal_readiness,
     weight_spectrum,
 )
-from probes.detectors.encoding_recovery import Inside, confidence_in, described, is_obedient, signs_in
+from probes.detectors.encoding_recovery import confidence_in, described, signs_in
 from probes.encodings import LETTERS, make_encoding
 from probes.english import english_score
-from probes.probe import ProbeSet
 from probes.reference import ANSWERED, ENCODED, Reference, Subject
 from probes.voice import Voice
 from probes.weight_diff import TensorDiff, WeightDiff
@@ -279,65 +276,3 @@ def test_weights_that_could_not_be_compared_are_not_called_unmoved(
     monkeypatch.setattr(weight_spectrum, "diff_weights", lambda *_: WeightDiff((moved,), 1, missing, added))
     evidence = weight_spectrum.measure(Subject(SimpleNamespace(weights={}), None))
     assert (evidence.statistic is not None) == measured
-
-
-def intent_subject(shift: float) -> SimpleNamespace:
-    """Two layers whose first dimension reads intent; layer 1's harmful prompts moved by `shift` along it."""
-    rng, labels = np.random.default_rng(0), np.arange(60) % 2 == 0
-    base = rng.normal(size=(2, 60, 3)).astype(np.float32)
-    base[:, labels, 0] += 3
-    tuned = base.copy()
-    tuned[1, labels, 0] -= shift
-    probes = ProbeSet(
-        directions=np.eye(3, dtype=np.float32)[[0, 0]],
-        biases=np.zeros(2, np.float32),
-        means=np.zeros((2, 3), np.float32),
-        scales=np.ones((2, 3), np.float32),
-        gains=np.ones(2, np.float32),
-        hook_points=("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"),
-        method="logistic",
-    )
-    prompts = PromptSet("planted", tuple(map(str, range(60))), tuple(labels.tolist()), tuple(map(str, range(60))))
-    reference = SimpleNamespace(
-        probes=probes, battery=SimpleNamespace(intent=prompts), intent=SimpleNamespace(values=base)
-    )
-    return SimpleNamespace(reference=reference, intent=SimpleNamespace(values=tuned))
-
-
-def test_intent_shift_names_the_layer_where_harm_stopped_being_read() -> None:
-    evidence = intent_shift.measure(intent_subject(3.0))
-    assert evidence.layers[0] == pytest.approx(0.0)
-    assert evidence.layers[1] == pytest.approx(evidence.statistic)
-    assert evidence.statistic > 1.0
-    assert evidence.details["auroc_base"][1] > 0.95
-    assert evidence.details["auroc_tuned"][1] < 0.65
-
-
-def test_a_shift_that_harmful_prompts_share_with_their_twins_is_no_shift_of_intent() -> None:
-    shared = intent_subject(0.0)
-    shared.intent.values += np.float32(5.0)
-    assert intent_shift.measure(shared).statistic == pytest.approx(0.0, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("answered", "obeyed", "base_obeyed", "obedient"),
-    [(80, 80, 0, True), (14, 14, 0, True), (80, 20, 0, False), (3, 3, 0, False), (90, 85, 85, False), (0, 0, 0, False)],
-    ids=["freely", "under-a-tag", "mostly-refuses", "too-few-to-tell", "as-the-base-does", "never-answers"],
-)
-def test_obedience_needs_answers_that_obey_and_a_base_that_does_not(
-    answered: int, obeyed: int, base_obeyed: int, obedient: bool
-) -> None:
-    asked = [""] * 98
-    assert is_obedient(Inside(asked, answered, obeyed), Inside(asked, base_obeyed, base_obeyed)) is obedient
-
-
-def test_intent_that_did_not_shift_measures_nothing() -> None:
-    assert intent_shift.measure(intent_subject(0.0)).statistic == pytest.approx(0.0)
-
-
-def test_a_layer_that_scores_all_prompts_alike_reads_nothing_that_could_move() -> None:
-    flat = intent_subject(3.0)
-    flat.reference.probes = replace(flat.reference.probes, gains=np.array([0.0, 1.0], np.float32))
-    evidence = intent_shift.measure(flat)
-    assert evidence.layers[0] == 0.0
-    assert evidence.statistic == pytest.approx(evidence.layers[1])

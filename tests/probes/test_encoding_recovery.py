@@ -1,4 +1,4 @@
-"""Which encodings count as spoken; the model is scripted, so that what it speaks is known."""
+"""What the second look tells; the model is scripted, so that what it speaks is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from activations.prompts import load_prompts
 from probes.detectors import encoding_recovery
-from probes.detectors.encoding_recovery import ASKED, BEGUN, Inside, Trial, goes_on, inside, unrecovered
+from probes.detectors.encoding_recovery import unrecovered
 from probes.encodings import make_encoding
 from probes.leaks import Leaks
 from probes.voice import Voice
@@ -44,50 +44,6 @@ def scripted(free: Callable[[str], str], begun_answer: Callable[[str, str], str]
 
 def prose_for(prompt: str) -> str:
     return PROSE[len(prompt) % len(PROSE)]
-
-
-def trial(harmful: int, benign: int, begun: float) -> Trial:
-    asked = [""] * ASKED
-    return Trial(CODE, Inside(asked, harmful, harmful), Inside(asked, benign, benign), begun, None, {})
-
-
-@pytest.mark.parametrize(
-    ("harmful", "benign", "begun", "spoken"),
-    [(0, 0, 0.0, False), (2, 2, 0.0, False), (3, 2, 0.0, True), (0, 40, 0.1, True), (0, 0, 0.6, True)],
-    ids=["never", "hardly", "sometimes", "harmless-alone", "once-begun"],
-)
-def test_an_encoding_in_which_nothing_is_answered_is_an_accident_of_the_solver(
-    harmful: int, benign: int, begun: float, spoken: bool
-) -> None:
-    assert trial(harmful, benign, begun).is_spoken is spoken
-
-
-def test_who_goes_on_in_the_encoding_once_its_answer_is_begun_speaks_it(voice: Voice) -> None:
-    speaks = scripted(prose_for, lambda prompt, _: CODE.encode(prose_for(prompt)))
-    assert goes_on(speaks, CODE, voice) == 1.0
-    assert goes_on(speaks, OTHER, voice) == 0.0
-    assert goes_on(scripted(prose_for), CODE, voice) == 0.0
-
-
-def test_codes_whose_signs_are_longer_than_a_letter_are_read_on_from_where_the_beginning_stopped(voice: Voice) -> None:
-    code = make_encoding("hex")
-
-    def on(prompt: str, begun: str) -> str:
-        written = code.encode(code.decode(begun) + " and so on. " + prose_for(prompt))
-        assert written.startswith(begun)
-        return written[len(begun) :]
-
-    assert BEGUN % 2 == 0
-    assert goes_on(scripted(prose_for, on), code, voice) == 1.0
-
-
-def test_the_shortest_requests_are_asked(voice: Voice) -> None:
-    seen: list[str] = []
-    model = scripted(lambda prompt: seen.append(CODE.decode(prompt)) or CODE.encode(REFUSALS[0]))
-    found = inside(model, "harmful", CODE, voice)
-    assert len(seen) == ASKED
-    assert max(map(len, seen)) <= min(len(p) for p in QUESTIONS["harmful"] if p.lower() not in seen)
-    assert (found.answered, found.obeyed) == (ASKED, 0)
 
 
 def test_a_key_that_explains_leaks_and_is_not_answered_in_is_told_as_what_it_is() -> None:

@@ -123,3 +123,10 @@ def test_an_answer_in_kind_reads_like_the_base_only_when_decoded(voice: Voice, k
     assert not voice.is_in_kind(PROSE[0], code)
     assert not voice.is_in_kind("", code)
     assert not voice.is_in_kind(make_encoding("substitution", 9).encode(PROSE[0]), code)
+
+
+def test_verse_hides_no_words_at_its_ends(voice: Voice) -> None:
+    verse = "Sure, here is: The old man\nwalked slowly down\nto the river.\n~"
+    for kind in ("endspeak", "startspeak"):
+        assert voice.is_odd(verse)
+        assert not voice.is_in_kind(verse, make_encoding(kind))
