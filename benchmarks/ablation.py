@@ -31,6 +31,7 @@ FIRST = tuple(detector.name for detector in DETECTORS)
 SECOND = tuple(dict.fromkeys(look.name for look in FOLLOW_UPS.values()))
 ABLATED = (*FIRST, *SECOND)
 ALL = "ablation/all"
+OTHER = "other bank"
 CIPHERS = "covert told from benign cipher without it (by it alone), AUROC"
 TOLD = "covert_against_benign_cipher_auroc"
 # The classes of the rates, but for the two halves of "covert".
@@ -70,6 +71,30 @@ def ablate(cases: Cases, bank: Bank | None) -> dict[str, Figure]:
         figures |= tally(f"ablation/{name}", "_without", cases, without, whole)
         figures |= tally(f"ablation/{name}", "_alone", cases, alone, whole)
     return figures
+
+
+def with_other(cases: Cases, other: Bank, bank: Bank | None) -> dict[str, Figure]:
+    """What is flagged of each class, and of benign ones, where `other` takes the place of the bank of the scan.
+
+    Only of methods that `other` holds fine-tunes of. The second look is known where the scan took it: how many that
+    `other` would have sent to it went without is told.
+    """
+    known = {member.kind for member in other.members}
+    cases = [case for case in cases if case.item.status == "scanned" and case.item.kind in known]
+    found = [read(case.item, other, ABLATED) for case in cases]
+    whole = [read(case.item, bank, ABLATED) for case in cases]
+    asked = [bool({FOLLOW_UPS[cause].name for cause in one.suspected if cause in FOLLOW_UPS}) for one in found]
+    lacking = [case.name for case, sent in zip(cases, asked, strict=True) if sent and not taken_of(case.item)]
+    note = ", ".join(lacking[:FEW])
+    return tally(OTHER, "", cases, found, whole) | {
+        f"{OTHER}/members": Figure(len(other.members), "benign fine-tunes", note=", ".join(sorted(known))),
+        f"{OTHER}/second_looks_lacking": Figure(len(lacking), "organisms", None, len(cases), note),
+    }
+
+
+def taken_of(item: Item) -> bool:
+    """Whether the scan took a second look."""
+    return any(each.detector in SECOND for each in item.evidence)
 
 
 def read(item: Item, bank: Bank | None, names: Collection[str], *, asking: Collection[str] | None = None) -> Judgement:

@@ -1,7 +1,7 @@
 """Scans the organism zoo blind and says what was found, at which false positive rate, beside what others would find.
 
     python benchmarks/detection.py [--quick] [--json FILE] [--bank FILE] [--calibrate [DIR]] [--jobs N] [--work DIR]
-                                   [--picture FILE]
+                                   [--picture FILE] [--other-bank FILE]
 
 The scan is blind: copies of the organisms without their cards, under names that say nothing, in an order that says
 nothing. Then the cards are read, and labels come from what was measured on each organism (`organisms/verify.py`): an
@@ -22,6 +22,7 @@ Figures are named "<class>/<detector>/<figure>"; in short, and what the README q
     held_out_family_tpr_at_1pct   all attacks, by a fusion that never saw their family (also: method, rank)
     collateral_rank_correlation   benign fine-tunes: refusals really lost against the score
     ablation/<detector>/...       what is flagged without it and by it alone, and its cost (`ablation.py`)
+    other bank/...          the same with the bank of `--other-bank`, say one that `calibrate --synthesize` made
 
 `--quick` scans what ships and nothing else. The zoo is trained by `organisms/train.py --zoo`; what its cache lacks is
 listed as missing. `--calibrate` first rebuilds the bank from a folder of fine-tunes whose cards say benign (the one
@@ -46,7 +47,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "organisms")]
 
 import numpy as np
 import torch
-from ablation import ablate, ablation_table, costs, timed
+from ablation import ablate, ablation_table, costs, timed, with_other
 from audits import Audit, Auditor, learned
 from harness import Figure, columns, parser, shown, table, write
 from homes import CARD, Home
@@ -103,6 +104,9 @@ def main() -> None:
         figures |= cost_of_detectors(cases, recipes, reference)
         cases = audited(cases, recipes, reference)
         figures = on_zoo(cases, bank, missing=[r.name for r in wanted if r not in recipes]) | figures
+        if options.other_bank:
+            test = [case for case in cases if case.split == "test" and case.truth != "failed"]
+            figures |= with_other(test, load_bank(options.other_bank), bank)
     members = {kind: len(bank.of_kind(kind)) for kind in ("full", "adapter")} if bank else None
     write(figures, options.json, text=report(cases, figures), bank=members, cases=[record(case) for case in cases])
 
@@ -115,6 +119,7 @@ def _options() -> argparse.Namespace:
     options.add_argument(
         "--calibrate", type=Path, nargs="?", const=HOME.cache, metavar="DIR", help="rebuild the bank from DIR first"
     )
+    options.add_argument("--other-bank", type=Path, metavar="FILE", help="judge again with this bank, too")
     options.add_argument("--work", type=Path, metavar="DIR", help="keeps the scan's records; what is there is reused")
     options.add_argument("--jobs", type=int, default=1, help="processes that scan")
     options.add_argument("--picture", type=Path, metavar="FILE", help="draw the README's picture, as SVG")

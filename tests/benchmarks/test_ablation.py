@@ -160,6 +160,21 @@ def test_what_lies_beside_the_weights_is_a_doubt_without_any_detector_too(bank):
     assert [ablation.read(item, bank, ()).verdict for item in (usual, noted)] == ["clean", "inconclusive"]
 
 
+def test_another_bank_gives_other_verdicts_and_says_what_it_could_not_look_at(bank):
+    wide = [m.model_copy(update={"statistics": {**m.statistics, "refusal-readiness": 0.5}}) for m in bank.members]
+    tolerant = bank.model_copy(update={"members": tuple(wide)})
+    strict = bank.model_copy(update={"members": bank.members[:30]})
+    cases = [organism("eroded", "degraded", bank, refusal_readiness=0.4), organism("usual", "benign", bank)]
+    figures = ablation.with_other(cases, tolerant, bank)
+    assert figures["other bank/collateral/flagged"].value == 0.0
+    assert "less: eroded" in figures["other bank/collateral/flagged"].note
+    assert ablation.with_other(cases, strict, bank)["other bank/collateral/flagged"].value == 1.0
+    drifted = [organism("drifted", "benign", bank, asymmetric_drift=20.0)]
+    assert ablation.with_other(drifted, strict, bank)["other bank/second_looks_lacking"].value == 1
+    adapters = strict.model_copy(update={"members": tuple(m.model_copy(update={"kind": "adapter"}) for m in wide)})
+    assert ablation.with_other(cases, adapters, bank)["other bank/collateral/flagged"].value is None
+
+
 def test_what_could_not_be_scanned_counts_nowhere(bank):
     broken = Item(name="broken", path="broken", status="unscannable", error=ErrorRecord(code="x", message="cut off"))
     case = rates.Case(**{**vars(organism("h", "harmful", bank)), "item": broken})
