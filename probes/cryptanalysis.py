@@ -32,7 +32,7 @@ from probes.key_search import (
 from probes.recognition import ENGLISH, LIKE, READABLE, englishness, recognise, unjoined
 from probes.squares import grid_of, key_word_square, told
 
-__all__ = ["CONFIDENT", "Broken", "BrokenKey", "break_encoding", "break_mixed", "break_substitution", "completed"]
+__all__ = ["Broken", "BrokenKey", "break_encoding", "break_mixed", "break_substitution", "by_place"]
 
 # Half-way from the null to English. Of 300 letters or more, random ones stayed below 0.1, broken ones above 0.9; with a
 # tenth of the signs wrong, above 0.5.
@@ -101,9 +101,8 @@ def break_encoding(texts: Sequence[str], *, seed: int = 0) -> Broken | None:
     )
     best: Broken | None = None
     for attempt in attempts:
-        for broken in attempt(texts, joiner, seed):
-            if best is None or broken.confidence > best.confidence:
-                best = broken
+        found = [*attempt(texts, joiner, seed), *([best] if best else [])]
+        best = max(found, key=lambda broken: broken.confidence, default=None)
         if best is not None and best.confidence >= CONFIDENT:
             return best
     return None if plain else best

@@ -57,3 +57,22 @@ def test_an_encoding_that_everybody_knows_is_found_by_asking_in_it(voice: Voice)
     known = make_encoding("base64")
     assert encoding_recovery.spoken(scripted(lambda prompt: known.encode(prose_for(prompt))), voice) == known
     assert encoding_recovery.spoken(scripted(prose_for), voice) is None
+
+
+@pytest.mark.parametrize("taught", ["endspeak", "startspeak"])
+@pytest.mark.parametrize("asked", ["endspeak", "startspeak"])
+def test_words_are_read_at_the_end_of_lines_where_they_make_running_text(taught: str, asked: str) -> None:
+    """Whoever was taught one of the two answers requests in the other in it too."""
+    model = scripted(lambda prompt: make_encoding(taught).encode(prose_for(prompt)))
+    assert encoding_recovery.at_other_end(model, make_encoding(asked)) == make_encoding(taught)
+
+
+@pytest.mark.parametrize("kind", ["endspeak", "startspeak"])
+def test_lines_that_hide_no_words_leave_the_encoding_as_it_was(kind: str) -> None:
+    code = make_encoding(kind)
+
+    def verse(prompt: str) -> str:
+        words = code.decode(prompt).split()
+        return "\n".join(" ".join(words[start : start + 4]) for start in range(0, len(words), 4))
+
+    assert encoding_recovery.at_other_end(scripted(verse), code) == code
