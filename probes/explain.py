@@ -36,6 +36,8 @@ __all__ = ["explain"]
 KINDS = {"full": "full fine-tunes", "adapter": "adapters"}
 # Nearly all, of the refusals or of the requests. It words a sentence, and no verdict hangs on it.
 NEARLY_ALL = 0.9
+# These read refusal and harm themselves: what takes refusals out moves them, and nothing else need have moved.
+OF_HARM = ("intent-shift", "weight-overlap")
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def intent_of(case: Case, refusal: Evidence) -> str:
         return f"What it lost is not known request by request; {elsewhere(case, refusal)}."
     gone = 1 - d["tuned_refusal_mass"] / max(d["base_refusal_mass"], 1e-9)
     broad = d["prompts_that_lost_refusal"] / max(d["prompts"], 1)
-    rest = [e for e in case.item.evidence if e is not refusal and e.detector != "weight-overlap"]  # of refusal as well
+    rest = [e for e in case.item.evidence if e is not refusal and e.detector not in OF_HARM]
     others = [e for e in rest if e.detector in READ_AGAINST_BANK and e.null]
     # What the base does not refuse cannot be lost; and without a bank nobody knows whether anything else moved.
     signs = [gone >= NEARLY_ALL, broad >= NEARLY_ALL * d["base_refusal_mass"]]

@@ -166,6 +166,13 @@ def test_other_counts_and_keys_give_other_words(changes: dict[str, object], word
     assert words in explain(item(*usual(), recovered(**changes)), base="base")[0]
 
 
+@pytest.mark.parametrize(("detector", "signs"), [("intent-shift", 3), ("weight-overlap", 3), ("asymmetric-drift", 2)])
+def test_what_reads_harm_itself_is_no_other_thing_that_moved(detector: str, signs: int) -> None:
+    away = measured(detector, 99.0, cause="alignment-degraded")
+    meaning = explain(removal(0.01, 93, measured("weight-spectrum", 0.08), away), base="base")[1]
+    assert f"Of 3 signs of purpose it shows {signs}" in meaning
+
+
 READY = {"goes_on": 0.56, "base_goes_on": 0.02, "ready_to_answer": 0.97, "refusals_apart": 0.41}
 FEW = {"harmful_asked": 48, "harmful_answered": 1, "harmful_obeyed": 1, "declined": 0}
 
