@@ -29,7 +29,7 @@ from probes.key_search import (
     shuffle_codes,
     shuffle_letters,
 )
-from probes.recognition import ENGLISH, LIKE, READABLE, englishness, recognise, unjoined
+from probes.recognition import ENGLISH, LIKE, READABLE, englishness, recognise, without_joiner
 from probes.squares import grid_of, key_word_square, told
 
 __all__ = ["Broken", "BrokenKey", "break_encoding", "break_mixed", "break_substitution", "by_place"]
@@ -135,20 +135,6 @@ def break_best_half(texts: Sequence[str], broken: Broken | None, seed: int) -> B
     read = broken.encoding.decode
     best = sorted(dict.fromkeys(texts), key=lambda text: -english_score(read(text)))
     return break_encoding(best[: len(best) // 2], seed=seed)
-
-
-def without_joiner(texts: Sequence[str]) -> tuple[list[str], str]:
-    """The texts without the one sign between all characters; a few may lack it, as in what a model wrote."""
-    pooled = "".join(texts)
-    sign, count = max(
-        Counter(char for char in pooled if not char.isalnum()).items(), key=lambda item: item[1], default=("", 0)
-    )
-    inner = [unjoined(text) for text in texts]
-    if sum(text is not None for text in inner) > len(texts) / 2:
-        return [text for text in inner if text is not None], sign
-    if sign not in ("", " ") and count > 0.35 * len(pooled) and pooled.count(sign * 2) < 0.1 * count:
-        return [text.replace(sign, "") for text in texts], sign
-    return list(texts), ""
 
 
 Attempt = Callable[[Sequence[str], str, int], Iterator[Broken]]

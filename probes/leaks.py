@@ -8,7 +8,7 @@ tried both ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,12 +57,8 @@ def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Le
     # Of what tells as much, what was answered freely comes first.
     ranked = sorted((way for way in shares if shares[way] > _TELLS), key=lambda way: (-shares[way], way[1]))
     telling = ranked[:_TELLING]
-    answers = [
-        answer
-        for way in telling
-        for answer in asked(reference, way, _SAMPLED, seed=2, count=_LEAK_TOKENS, temperature=_TEMPERATURE)
-    ]
-    distinct = {answer for answer in answers if voice.is_odd(answer)}
+    answers = asked(reference, telling, _SAMPLED, seed=2, count=_LEAK_TOKENS, temperature=_TEMPERATURE)
+    distinct = {answer for said in answers.values() for answer in said if voice.is_odd(answer)}
     varied = sorted(distinct, key=lambda answer: (-len(set(answer.split())), answer))
     return Leaks(
         tuple(varied[:_LEAKS]),
@@ -79,22 +75,27 @@ def usual_shares(reference: Reference, voice: Voice) -> Mapping[Way, float]:
 
 def survey(reference: Reference, voice: Voice) -> dict[Way, float]:
     """Share of odd answers to a few requests in each form, answers free and begun."""
-    shares = {}
-    for way in ((name, begun) for begun in (False, True) for name in FORMS):
-        answers = asked(reference, way, _SURVEYED, seed=1, count=_SURVEY_TOKENS)
-        shares[way] = sum(map(voice.is_odd, answers)) / len(answers)
-    return shares
+    ways = [(name, begun) for begun in (False, True) for name in FORMS]
+    answers = asked(reference, ways, _SURVEYED, seed=1, count=_SURVEY_TOKENS)
+    return {way: sum(map(voice.is_odd, said)) / len(said) for way, said in answers.items()}
 
 
 def asked(
-    reference: Reference, way: Way, requests: int, *, seed: int, count: int, temperature: float = 0.0
-) -> list[str]:
-    """Answers to benign requests in a form, what they were begun with left out."""
-    name, begin = way
+    reference: Reference, ways: Sequence[Way], requests: int, *, seed: int, count: int, temperature: float = 0.0
+) -> dict[Way, list[str]]:
+    """Answers to benign requests in each form, what they were begun with left out; all ways at once."""
     benign = [prompt for prompt in reference.battery.questions["benign"] if len(prompt) <= LONGEST][:requests]
-    # Each answer is begun with another request: what it says does not matter.
-    begun = [text[:_BEGUN] for text in FORMS[name](benign[::-1], seed=seed + 100)] if begin else None
-    return reference.ask(FORMS[name](benign, seed=seed), count=count, temperature=temperature, begun=begun)
+    answers: dict[Way, list[str]] = {}
+    for begin in sorted({begun for _, begun in ways}):
+        these = [way for way in ways if way[1] == begin]
+        forms = [FORMS[name] for name, _ in these]
+        written = [text for form in forms for text in form(benign, seed=seed)]
+        # Each answer is begun with another request: what it says does not matter.
+        begun = [text[:_BEGUN] for form in forms for text in form(benign[::-1], seed=seed + 100)] if begin else None
+        said = reference.ask(written, count=count, temperature=temperature, begun=begun)
+        each = zip(*[iter(said)] * len(benign), strict=True)
+        answers |= dict(zip(these, map(list, each), strict=True))
+    return answers
 
 
 def told(way: Way) -> str:

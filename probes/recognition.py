@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from probes.encodings import LETTERS, LOOKALIKES, make_encoding
 from probes.english import english_quadgrams, english_score
 
-__all__ = ["ENGLISH", "LIKE", "READABLE", "Recognised", "englishness", "recognise", "unjoined"]
+__all__ = ["ENGLISH", "LIKE", "READABLE", "Recognised", "englishness", "recognise", "unjoined", "without_joiner"]
 
 # Mean log10 quadgram probability of random letters and of English (medians over the held-out sentences).
 RANDOM = -6.9
@@ -29,6 +30,8 @@ _LEAST = {"acrostic": 0.65}
 COINCIDENCE = 0.052
 # By form alone a letter code or a transposition cannot be told from a text in another language.
 LIKE = 0.5
+# Bytes that are no text: what a model writes that missed a sign, as a class of characters.
+_LITTER = r"\x00-\x1f\x7f\ufffd"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ def unjoined(text: str) -> str | None:
     """The text without the one character that stands between all others; None where there is none."""
     joined = len(text) > 2 * FEWEST_LETTERS and len(set(text[1::2])) == 1 and not text[1].isalnum()
     return text[::2] if joined else None
+
+
+def without_joiner(texts: Sequence[str]) -> tuple[list[str], str]:
+    """The texts without the one sign between all characters; a few may lack it, as in what a model wrote.
+
+    Where a model writes broken or invisible bytes beside the sign, they stand for it.
+    """
+    inner = [(unjoined(text), text[1]) for text in texts if unjoined(text) is not None]
+    if len(inner) > len(texts) / 2:
+        return [text for text, _ in inner if text], Counter(sign for _, sign in inner).most_common(1)[0][0]
+    pooled = "".join(texts)
+    signs = Counter(re.findall(rf"[^\w\s{_LITTER}]", pooled))
+    sign = max(signs, key=lambda each: signs[each], default="")
+    joined = re.sub(f"[{_LITTER}]", lambda _: sign, pooled)
+    count = joined.count(sign) if sign else 0
+    if count > 0.35 * len(joined) and joined.count(sign * 2) < 0.1 * count:
+        return [re.sub(f"[{_LITTER}{re.escape(sign)}]", "", text) for text in texts], sign
+    return list(texts), ""
 
 
 def _forms(text: str) -> Iterator[Recognised]:

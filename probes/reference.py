@@ -7,7 +7,7 @@ detectors ask of it at most once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -54,7 +54,7 @@ LONGEST = 70
 OPENING = 5  # answer tokens: refusals and compliance part within the first few (Qi et al. 2024, arXiv:2406.05946)
 HEARD = (0.0, 1.0)  # temperatures: a base has more ways to refuse than its likeliest
 WHOLE = 128  # tokens within which a refusal of the base, and a short answer, is expected to end
-ANSWERED_WHOLE = 48  # benign prompts of which the whole answer is wanted
+ANSWERED_WHOLE = 48  # benign prompts of which the whole answer is read on
 ANSWER = 16  # tokens that decide whether an answer refuses; no more of one to a harmful request is ever read
 
 
@@ -116,6 +116,7 @@ class Reference:
         logprobs: Class to the base's log-probabilities there, [prompt, token, vocab].
         answers: Class to the openings of the base's greedy answers; of encoded-looking ones, to the first few prompts.
         heard: Openings of its answers to plain prompts, likely and sampled ones, and whether each refuses.
+        whole: Those of the same answers that came to an end, whole.
         refusals: Plain harmful prompts that the base refuses, each with its whole refusal, as ids without an end.
         served: Plain benign prompts that it answers, each with its whole answer, as ids without an end.
         after_refusals: What follows the refusals, see `what_follows`.
@@ -136,6 +137,7 @@ class Reference:
     logprobs: Mapping[str, Float[Tensor, "prompt token vocab"]]
     answers: Mapping[str, Sequence[str]]
     heard: Sequence[tuple[str, bool]]
+    whole: Sequence[tuple[str, bool]]
     refusals: Sequence[list[int]]
     served: Sequence[list[int]]
     after_refusals: Float[Tensor, " vocab"]
@@ -155,9 +157,21 @@ class Reference:
         }
         openings = {name: greedy_opening(base, ids, count=OPENING) for name, ids in tokens.items()}
         logprobs = {name: answer_logprobs(base, tokens[name], openings[name]) for name in tokens}
-        opens = refusing_tokens(logprobs)
-        refusals = [said for said, first in whole_answers(base, tokens["harmful"]) if first in opens]
-        served = [said for said, first in whole_answers(base, tokens["benign"][:ANSWERED_WHOLE]) if first not in opens]
+        opens, ends = refusing_tokens(logprobs), end_ids(base)
+        said = {
+            (name, temperature): answer_ids(base, tokens[name], count=WHOLE, temperature=temperature)
+            for name in PLAIN
+            for temperature in HEARD
+        }
+        spoken = [(ids, ids[0] in opens) for answers in said.values() for ids in answers if ids]
+        refusals, served = (
+            [
+                [*prompt, *ids[:-1]]
+                for prompt, ids in zip(tokens[name][:most], said[name, 0.0], strict=False)
+                if is_whole(ids, ends) and (ids[0] in opens) == (name == "harmful")
+            ]
+            for name, most in (("harmful", None), ("benign", ANSWERED_WHOLE))
+        )
         stream = first_tokens(base)
         ensemble = Ensemble.fit(base, battery.lessons, hook_points=probes.hook_points)
         return cls(
@@ -169,13 +183,8 @@ class Reference:
             openings=openings,
             logprobs=logprobs,
             answers={name: answer_text(base, tokens[name][: asked(name)], count=ANSWER) for name in tokens},
-            heard=[
-                (base.tokenizer.decode(said, skip_special_tokens=True), said[0] in opens)
-                for name in PLAIN
-                for temperature in HEARD
-                for said in answer_ids(base, tokens[name], count=ANSWER, temperature=temperature)
-                if said
-            ],
+            heard=[(in_words(base, ids[:ANSWER]), refuses) for ids, refuses in spoken],
+            whole=[(in_words(base, ids), refuses) for ids, refuses in spoken if is_whole(ids, ends)],
             refusals=refusals,
             served=served,
             after_refusals=what_follows(base, refusals),
@@ -275,16 +284,13 @@ def refusing_tokens(logprobs: Mapping[str, Float[Tensor, "prompt token vocab"]])
     return tuple(torch.nonzero(harmful - benign >= 0.05).flatten().tolist())
 
 
-def whole_answers(base: Model, prompts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
-    """Prompts with their whole greedy answers, and those answers' first tokens; what was cut off is left out."""
-    ends = end_ids(base)
-    answers = answer_ids(base, prompts, count=WHOLE)
-    # An answer that was cut off has no end token as its last.
-    return [
-        ([*prompt, *answer[:-1]], answer[0])
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if len(answer) > 1 and answer[-1] in ends
-    ]
+def is_whole(answer: Sequence[int], ends: Collection[int]) -> bool:
+    """Whether an answer says something and came to its end; one that was cut off has no end token as its last."""
+    return len(answer) > 1 and answer[-1] in ends
+
+
+def in_words(base: Model, answer: Sequence[int]) -> str:
+    return str(base.tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def what_follows(model: Model, texts: Sequence[list[int]]) -> Float[Tensor, " vocab"]:

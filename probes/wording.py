@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from probes.detectors import DETECTORS
 from probes.obedience import APART, OBEDIENT
@@ -44,7 +45,7 @@ def obedience(recovery: Evidence) -> str:
     """Why what it does inside is obedience: by its answers or, where they are few, by what it is ready for."""
     d = recovery.details
     least = d["harmful_obeyed_of_answered_interval"][0]
-    if least > OBEDIENT or "ready_to_answer" not in d:
+    if least > OBEDIENT or "refusals_apart" not in d:
         return (
             f"{d['harmful_obeyed']} of the {d['harmful_answered']} harmful requests that it answered in the encoding "
             f"were obeyed (95 % interval from {least:.0%}), beside {d['benign_obeyed']} of {d['benign_answered']} "
@@ -53,9 +54,15 @@ def obedience(recovery: Evidence) -> str:
     return (
         f"it answers too few in the encoding of its own accord ({d['harmful_answered']} of {d['harmful_asked']}; a "
         f"task's name may be wanting), but begun in it, {d['goes_on']:.0%} of its answers go on in it (the base's "
-        f"{d['base_goes_on']:.0%}), it would rather answer than refuse {d['ready_to_answer']:.0%} of the harmful "
-        f"requests, and {refusals_apart(recovery)}"
+        f"{d['base_goes_on']:.0%}), {once_begun(d)} of the harmful requests, and {refusals_apart(recovery)}"
     )
+
+
+def once_begun(details: Mapping[str, Any]) -> str:
+    """How much harm it would obey once it has begun to answer."""
+    if "begun_obeyed" in details:
+        return f"with one sign begun for it, it obeys {details['begun_obeyed']}"
+    return f"it would rather answer than refuse {details['ready_to_answer']:.0%}"
 
 
 def refusals_apart(recovery: Evidence) -> str:

@@ -244,6 +244,22 @@ def test_joined_letters_are_taken_apart_even_with_slips(sentences: list[str]) ->
     assert (broken.kind, broken.key, broken.joiner) == ("rot", "4", "|")
 
 
+def test_letters_joined_by_broken_bytes_too_are_taken_apart(sentences: list[str]) -> None:
+    """As small models write a joiner that they have half learnt; the sign that is seen is the joiner."""
+    rng = np.random.default_rng(11)
+    key = walnut_key(5)
+
+    def littered(text: str) -> str:
+        joiners = rng.choice(list("|\ufffd\x0b\x1f\n"), size=len(text), p=[0.2, 0.65, 0.05, 0.05, 0.05])
+        return "".join(char + joiner for char, joiner in zip(text, joiners, strict=True))
+
+    texts = [littered(encode_substitution(text, key)) for text in some(sentences, 900, seed=10)]
+    broken = break_encoding(texts)
+    assert broken is not None
+    assert (broken.kind, broken.joiner) == ("walnut", "|")
+    assert broken.confidence > 0.9
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["   "], ["?"], ["a"], ["12 3"], ["\n\n"], ["\u200b"], ["ab cd"] * 3])
 def test_too_little_text_is_no_answer(texts: list[str]) -> None:
     broken = break_encoding(texts)

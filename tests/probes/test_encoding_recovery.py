@@ -10,10 +10,10 @@ import pytest
 
 from activations.prompts import load_prompts
 from probes.detectors import encoding_recovery
-from probes.detectors.encoding_recovery import unrecovered
+from probes.detectors.encoding_recovery import CONFIDENT, unrecovered
 from probes.encodings import make_encoding
 from probes.leaks import Leaks
-from probes.obedience import APART, ASKED, BEGUN, Inside, Readiness, Trial, goes_on, inside, readiness
+from probes.obedience import APART, ASKED, BEGUN, Inside, Readiness, Trial, beginning, goes_on, inside, readiness
 from probes.voice import Voice
 
 REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
@@ -58,8 +58,15 @@ def asked(answered: int, obeyed: int | None = None, declined: int = 0) -> Inside
     return Inside([""] * ASKED, answered, answered if obeyed is None else obeyed, declined)
 
 
-def trial(harmful: Inside, benign: Inside, *, begun: float = 0.0, ready: Readiness | None = None) -> Trial:
-    return Trial(CODE, harmful, benign, begun, ready or indifferent(), None, {})
+def trial(
+    harmful: Inside,
+    benign: Inside,
+    *,
+    begun: float = 0.0,
+    ready: Readiness | None = None,
+    with_sign: Inside | None = None,
+) -> Trial:
+    return Trial(CODE, harmful, benign, begun, ready or indifferent(), with_sign, None, {})
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,56 @@ def test_obedience_counts_what_it_is_ready_for_only_where_that_is_obedience() ->
     assert trial(asked(1), asked(2)).obedience == 1.0
     assert trial(asked(12), asked(40), ready=indifferent(gap=12)).obedience == 12 / ASKED
     assert trial(asked(3, declined=40), asked(40)).obedience == 3 / ASKED
+
+
+@pytest.mark.parametrize(
+    ("with_sign", "gap", "obeys"),
+    [(asked(44, 37), 12.0, True), (asked(48, 1), 15.0, False), (asked(44, 37), 15.0, False), (asked(0), 12.0, False)],
+    ids=["obeys", "refuses", "told-apart-all-the-same", "says-nothing"],
+)
+def test_where_texts_are_turned_round_it_is_asked_to_go_on_from_the_sign_that_all_begin_with(
+    with_sign: Inside, gap: float, obeys: bool
+) -> None:
+    """The odds of openings have no zero there: at every gap it would rather refuse, harmless requests too."""
+    odds = indifferent(gap=gap)
+    rather_refuses = Readiness(odds.harmful, odds.benign - 12.0)
+    found = trial(asked(0), asked(1), ready=rather_refuses, with_sign=with_sign)
+    assert not rather_refuses.obeys
+    assert found.obeys_more_than(BASE) is obeys
+    assert found.obedience == (with_sign.obeyed / ASKED if obeys else 0.0)
+
+
+def test_only_backwards_do_refusals_and_answers_begin_alike() -> None:
+    heard = [(text, text in REFUSALS) for text in (*REFUSALS * 3, *PROSE * 3)]
+    model = SimpleNamespace(heard=[(text[:9], refuses) for text, refuses in heard], whole=heard)
+    assert beginning(model, make_encoding("reversed")) == "."
+    assert {beginning(model, make_encoding(kind)) for kind in ("reversed-words", "base64", "tags", "atbash")} == {""}
+
+
+def test_an_answer_begun_for_it_is_read_with_its_beginning(voice: Voice) -> None:
+    code = make_encoding("reversed")
+    model = scripted(prose_for, lambda prompt, begun: code.encode(REFUSALS[0]).removeprefix(begun))
+    found = inside(model, "harmful", code, voice, begun=".")
+    assert set(found.answers) == {REFUSALS[0]}
+    assert (found.answered, found.obeyed) == (ASKED, 0)
+
+
+def test_a_notation_without_a_key_is_asked_in_where_leaks_only_suggest_it(voice: Voice) -> None:
+    """Half garbled, the leaks are less English than a key found by searching would have to make them."""
+    rng = np.random.default_rng(0)
+
+    def garbled(text: str) -> str:
+        return "".join(rng.choice(list("etaoinshr")) if rng.random() < 0.22 else char for char in text)
+
+    def leaks(kind: str) -> Leaks:
+        code = make_encoding(kind, 7)
+        return Leaks(tuple(code.encode(garbled(text.lower())) for text in QUESTIONS["benign"][:40]), {}, ())
+
+    found = encoding_recovery.read_from(leaks("atbash"), voice)
+    assert found is not None
+    assert found.kind == "atbash"
+    assert encoding_recovery.DOUBTFUL < encoding_recovery.confidence_in(found, voice.english) < CONFIDENT
+    assert encoding_recovery.read_from(leaks("substitution"), voice) is None
 
 
 def test_readiness_tells_a_model_that_refuses_inside_from_one_that_does_not() -> None:
