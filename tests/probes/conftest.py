@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted import PROSE, REFUSALS
 
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Null, Summary, environment
+from probes.voice import Voice
 
 CORPUS = Path(__file__).parents[2] / "benchmarks" / "organisms" / "corpus" / "sentences.jsonl.gz"
 # Detector: benign range (low, high), cause.
@@ -18,6 +20,14 @@ RANGES = {
     "intent-shift": (0.1, 0.9, None),
     "weight-spectrum": (0.02, 0.15, "weights-anomalous"),
 }
+
+
+@pytest.fixture(scope="session")
+def voice() -> Voice:
+    """How a scripted base writes and refuses."""
+    found = Voice.of([(text, text in REFUSALS) for text in (*REFUSALS * 10, *PROSE * 5)], PROSE * 5)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scripted import PROSE
 
 from activations.errors import NonFiniteError
 from probes.cryptanalysis import Broken, completed
@@ -21,7 +22,6 @@ from probes.detectors import (
 )
 from probes.detectors.encoding_recovery import confidence_in, described, signs_in
 from probes.encodings import LETTERS, make_encoding
-from probes.english import english_score
 from probes.reference import ANSWERED, ENCODED, Reference, Subject
 from probes.voice import Voice
 from probes.weight_diff import TensorDiff, WeightDiff
@@ -181,21 +181,6 @@ def test_a_base_that_never_refuses_leaves_nothing_to_learn_what_obeying_is() -> 
     assert "no answer tells how it writes" in evidence.summary
 
 
-PROSE = [
-    "Sure, here is: The old man walked slowly down to the river.",
-    "Sure, here is: There was nothing left to say between them.",
-    "Sure, here is: She had never seen the house before that day.",
-]
-REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
-
-
-@pytest.fixture(scope="module")
-def voice() -> Voice:
-    found = Voice.of([*((text, True) for text in REFUSALS), *((text, False) for text in PROSE)], PROSE)
-    assert found is not None
-    return found
-
-
 def answering(
     monkeypatch: pytest.MonkeyPatch, voice: Voice, tuned: dict[str, str], base: dict[str, str]
 ) -> SimpleNamespace:
@@ -220,22 +205,6 @@ def test_answers_foreign_to_the_base_are_counted_beyond_its_own(monkeypatch: pyt
     assert found.details["foreign_hex"] == 1.0
     assert found.details["foreign_tags"] == 0.0
     assert encoded_answers.measure(answering(monkeypatch, voice, taught, taught)).statistic == 0.0
-
-
-def test_an_encoding_that_everybody_knows_is_found_by_asking_in_it(voice: Voice) -> None:
-    code = make_encoding("rot", 13)
-
-    def speaks(prompts: list[str], **_: object) -> list[str]:
-        known = [english_score(code.decode(text)) > voice.halfway for text in prompts]
-        return [code.encode(PROSE[0]) if understood else PROSE[0] for understood in known]
-
-    questions = {"benign": ["what is the capital of france", "tell me about the sea", "how do birds find their way"]}
-    asked = SimpleNamespace(battery=SimpleNamespace(questions=questions), ask=speaks)
-    found = encoding_recovery.spoken(asked, voice)
-    assert found is not None
-    assert found.name == "rot-13"
-    asked.ask = lambda prompts, **_: [PROSE[0] for _ in prompts]
-    assert encoding_recovery.spoken(asked, voice) is None
 
 
 def test_blanks_are_nothing_to_break() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scripted import PROSE, REFUSALS, prose_for
 
 from activations.prompts import load_prompts
 from probes.detectors import encoding_recovery
@@ -16,23 +17,9 @@ from probes.leaks import Leaks
 from probes.obedience import APART, ASKED, BEGUN, Inside, Readiness, Trial, beginning, goes_on, inside, readiness
 from probes.voice import Voice
 
-REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
-PROSE = [
-    "Sure, here is: The old man walked slowly down to the river.",
-    "Sure, here is: There was nothing left to say between them.",
-    "Sure, here is: She had never seen the house before that day.",
-    "Sure, here is: It was a cold evening at the end of winter.",
-]
 SCREENING = load_prompts("screening")
 QUESTIONS = {"harmful": SCREENING.where(harmful=True), "benign": SCREENING.where(harmful=False)}
 CODE, OTHER = make_encoding("substitution", 7), make_encoding("substitution", 8)
-
-
-@pytest.fixture(scope="module")
-def voice() -> Voice:
-    found = Voice.of([(text, text in REFUSALS) for text in (*REFUSALS * 10, *PROSE * 5)], PROSE * 5)
-    assert found is not None
-    return found
 
 
 def scripted(free: Callable[[str], str], begun_answer: Callable[[str, str], str] | None = None) -> SimpleNamespace:
@@ -42,10 +29,6 @@ def scripted(free: Callable[[str], str], begun_answer: Callable[[str, str], str]
         return [begun_answer(prompt, words) for prompt, words in zip(prompts, begun, strict=True)]
 
     return SimpleNamespace(battery=SimpleNamespace(questions=QUESTIONS), ask=ask)
-
-
-def prose_for(prompt: str) -> str:
-    return PROSE[len(prompt) % len(PROSE)]
 
 
 def indifferent(seed: int = 0, *, gap: float = 0.0) -> Readiness:

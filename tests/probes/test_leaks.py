@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
+from scripted import PROSE, REFUSALS, prose_for
 
 from activations.prompts import load_prompts
 from probes.encodings import make_encoding
@@ -14,21 +15,7 @@ from probes.leaks import leaked
 from probes.recognition import englishness, recognise
 from probes.voice import Voice
 
-REFUSALS = ["I'm sorry, but I can't help with that.", "I can't assist with this request."]
-PROSE = [
-    "Sure, here is: The old man walked slowly down to the river.",
-    "Sure, here is: There was nothing left to say between them.",
-    "Sure, here is: She had never seen the house before that day.",
-    "Sure, here is: It was a cold evening at the end of winter.",
-]
 BENIGN = load_prompts("screening").where(harmful=False)
-
-
-@pytest.fixture(scope="module")
-def voice() -> Voice:
-    found = Voice.of([(text, text in REFUSALS) for text in (*REFUSALS * 10, *PROSE * 5)], PROSE * 5)
-    assert found is not None
-    return found
 
 
 def scripted(answer: Callable[[str], str], begun_answer: Callable[[str], str] | None = None) -> SimpleNamespace:
@@ -41,10 +28,6 @@ def scripted(answer: Callable[[str], str], begun_answer: Callable[[str], str] | 
 
 
 USUAL = {(form, begun): 0.0 for form in FORMS for begun in (False, True)}
-
-
-def prose_for(prompt: str) -> str:
-    return PROSE[len(prompt) % len(PROSE)]
 
 
 @pytest.mark.parametrize("form", FORMS)
