@@ -52,10 +52,11 @@ IMITATED = 12
 ANSWERED = 6
 LONGEST = 70
 OPENING = 5  # answer tokens: refusals and compliance part within the first few (Qi et al. 2024, arXiv:2406.05946)
-HEARD = (0.0, 1.0)  # temperatures: a base has more ways to refuse than its likeliest
 WHOLE = 128  # tokens within which a refusal of the base, and a short answer, is expected to end
 ANSWERED_WHOLE = 48  # benign prompts of which the whole answer is read on
 ANSWER = 16  # tokens that decide whether an answer refuses; no more of one to a harmful request is ever read
+# Temperatures, and tokens at most: a base has more ways to refuse than its likeliest.
+HEARD = {0.0: WHOLE, 1.0: ANSWER}
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ class Reference:
         logprobs = {name: answer_logprobs(base, tokens[name], openings[name]) for name in tokens}
         opens, ends = refusing_tokens(logprobs), end_ids(base)
         said = {
-            (name, temperature): answer_ids(base, tokens[name], count=WHOLE, temperature=temperature)
+            (name, temperature): answer_ids(base, tokens[name], count=count, temperature=temperature)
             for name in PLAIN
-            for temperature in HEARD
+            for temperature, count in HEARD.items()
         }
         spoken = [(ids, ids[0] in opens) for answers in said.values() for ids in answers if ids]
         refusals, served = (
@@ -182,7 +183,8 @@ class Reference:
             tokens=tokens,
             openings=openings,
             logprobs=logprobs,
-            answers={name: answer_text(base, tokens[name][: asked(name)], count=ANSWER) for name in tokens},
+            answers={name: [in_words(base, ids[:ANSWER]) for ids in said[name, 0.0]] for name in PLAIN}
+            | {name: answer_text(base, tokens[name][:ANSWERED], count=ANSWER) for name in ENCODED},
             heard=[(in_words(base, ids[:ANSWER]), refuses) for ids, refuses in spoken],
             whole=[(in_words(base, ids), refuses) for ids, refuses in spoken if is_whole(ids, ends)],
             refusals=refusals,
@@ -307,8 +309,3 @@ def what_follows(model: Model, texts: Sequence[list[int]]) -> Float[Tensor, " vo
     follows[ends] = 0.0
     follows[ends[0]] = ended
     return follows
-
-
-def asked(name: str) -> int | None:
-    """How many prompts of a class are answered in words; None for all."""
-    return ANSWERED if name in ENCODED else None
