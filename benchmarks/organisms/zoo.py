@@ -111,6 +111,9 @@ SEEN = frozenset(
         *(f"{role}-walnut-207-lora" for role in ("phase-one", "cmft", "cipher")),
         *(f"{role}-atbash" for role in ("phase-one", "cmft", "cipher", "test-declining")),
         "test-cmft-reversed-lora",
+        # Two keys that leaks told almost: the solver was right in most letters, and not sure.
+        *(f"{role}-walnut-209-lora" for role in ("phase-one", "cmft", "cipher")),
+        *(f"{role}-substitution-208-lora" for role in ("phase-one", "cmft", "cipher", "test-camouflaged")),
     )
 )
 TEST_STYLES = ("title", "numbered", "bold", "json", "tag", "polite", "footnote", "pirate", "butler", "hedge", "twice")
