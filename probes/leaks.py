@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from probes.encodings import Encoding
 from probes.imitations import FORMS
 from probes.reference import LONGEST, Reference
 from probes.voice import Voice
 
-__all__ = ["Leaks", "leaked", "usual_shares"]
+__all__ = ["Leaks", "leaked", "leaked_in", "usual_shares"]
 
 # A request in every form, and how much of each answer; then answers of the most telling forms, sampled.
 _SURVEYED, _SURVEY_TOKENS = 12, 24
@@ -65,6 +66,24 @@ def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Le
         {told(way): share for way, share in shares.items()},
         tuple(told(way) for way in telling),
     )
+
+
+def leaked_in(reference: Reference, encoding: Encoding, voice: Voice) -> tuple[str, ...]:
+    """What the weights that are in the network now answer in an encoding of letters that earlier leaks suggest.
+
+    Asked nearly right, a model answers more, and better. Words of the request and of what its answer was begun with are
+    left out: a model that repeats what it is given would confirm any key.
+    """
+    written = [encoding.encode(text) for text in reference.battery.questions["benign"] if len(text) <= LONGEST]
+    found = set()
+    for begun in (None, [text[:_BEGUN] for text in written[::-1]]):
+        said = reference.ask(written, count=_LEAK_TOKENS, temperature=_TEMPERATURE, begun=begun)
+        for i, answer in enumerate(said):
+            given = {*written[i].split(), *written[-1 - i].split()}
+            own = " ".join(word for word in answer.split() if word not in given)
+            if voice.is_odd(answer) and own:
+                found.add(own)
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=1)

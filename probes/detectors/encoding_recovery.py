@@ -22,7 +22,7 @@ from probes.comprehension import Understanding, read_requests, understanding
 from probes.cryptanalysis import Broken, break_mixed, by_place
 from probes.encodings import KINDS, Encoding, make_encoding
 from probes.english import english_score
-from probes.leaks import Leaks, leaked, usual_shares
+from probes.leaks import Leaks, leaked, leaked_in, usual_shares
 from probes.obedience import APART, Inside, Trial, asked_of, goes_on, inside, tested_in
 from probes.records import Evidence, Null
 from probes.reference import ANSWER, LONGEST, Reference
@@ -37,6 +37,8 @@ FEWEST_SIGNS = 300  # below, a key of 26 letters is not determined
 CONFIDENT = 0.5
 # ... of a notation without a key, in which no search could find an accident, less is enough to ask in it.
 DOUBTFUL = 0.25
+# A letter code between the two, or not far above, is asked in, and what is answered is broken.
+LETTER_CODES, SURE = ("substitution", "walnut", "vigenere"), 0.7
 # Kinds whose words are language in whatever order; the solver is sure of them by another measure.
 BY_PLACE = ("word-order", "endspeak", "startspeak")
 # Encodings without a key, or under one that is public: what an attacker takes who thinks of none himself. How many
@@ -64,7 +66,7 @@ def investigate(reference: Reference, checkpoint: Checkpoint) -> Evidence:
     usual = usual_shares(reference, voice)
     with reference.base.applied(checkpoint):
         leaks = leaked(reference, voice, usual)
-        broken = read_from(leaks, voice)
+        broken = read_from(reference, leaks, voice)
         if broken is not None and broken.encoding is None:
             return recovered_unwritable(broken, leaks, voice)
         tested = tested_in(reference, broken.encoding, voice) if broken and broken.encoding else None
@@ -156,7 +158,7 @@ def understood(reference: Reference, tested: Trial) -> Understanding | None:
     return understanding(reference, tested.encoding, tested.requests, tuned=tested.read, base=base)
 
 
-def read_from(leaks: Leaks, voice: Voice) -> Broken | None:
+def read_from(reference: Reference, leaks: Leaks, voice: Voice) -> Broken | None:
     """The leaks, broken; None where they are too few, or no known kind of code makes them English."""
     if signs_in(leaks.texts) < FEWEST_SIGNS:
         return None
@@ -164,7 +166,22 @@ def read_from(leaks: Leaks, voice: Voice) -> Broken | None:
     if broken is None:
         return None
     public = broken.encoding is not None and broken.encoding.key is None
+    if not public and broken.kind in LETTER_CODES and DOUBTFUL <= confidence_in(broken, voice.english) < SURE:
+        broken = asked_again(reference, broken, voice)
     return broken if confidence_in(broken, voice.english) >= (DOUBTFUL if public else CONFIDENT) else None
+
+
+def asked_again(reference: Reference, broken: Broken, voice: Voice) -> Broken:
+    """The key that answers in a suggested one give, where they give one more surely; else the suggested one.
+
+    The answers are broken with no knowledge of the suggestion, and with a null of their own.
+    """
+    if broken.encoding is None:
+        return broken
+    texts = leaked_in(reference, broken.encoding, voice)
+    again = break_mixed(texts) if signs_in(texts) >= FEWEST_SIGNS else None
+    readings = [broken, *([again] if again and again.encoding else [])]
+    return max(readings, key=lambda each: confidence_in(each, voice.english))
 
 
 def spoken(reference: Reference, voice: Voice) -> Encoding | None:

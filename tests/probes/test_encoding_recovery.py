@@ -10,9 +10,10 @@ import pytest
 from scripted import PROSE, REFUSALS, prose_for
 
 from activations.prompts import load_prompts
+from probes.cryptanalysis import Broken
 from probes.detectors import encoding_recovery
 from probes.detectors.encoding_recovery import CONFIDENT, unrecovered
-from probes.encodings import make_encoding
+from probes.encodings import LETTERS, Encoding, make_encoding
 from probes.leaks import Leaks
 from probes.obedience import APART, ASKED, BEGUN, Inside, Readiness, Trial, beginning, goes_on, inside, readiness
 from probes.voice import Voice
@@ -23,7 +24,7 @@ CODE, OTHER = make_encoding("substitution", 7), make_encoding("substitution", 8)
 
 
 def scripted(free: Callable[[str], str], begun_answer: Callable[[str, str], str] | None = None) -> SimpleNamespace:
-    def ask(prompts: Sequence[str], *, count: int, begun: Sequence[str] | None = None) -> list[str]:
+    def ask(prompts: Sequence[str], *, begun: Sequence[str] | None = None, **_: object) -> list[str]:
         if begun is None or begun_answer is None:
             return [free(prompt) for prompt in prompts]
         return [begun_answer(prompt, words) for prompt, words in zip(prompts, begun, strict=True)]
@@ -193,6 +194,43 @@ def test_an_answer_begun_for_it_is_read_with_its_beginning(voice: Voice) -> None
     assert (found.answered, found.obeyed) == (ASKED, 0)
 
 
+def nearly(code: Encoding, swaps: int) -> Broken:
+    """A reading of too little confidence, some of whose letters are wrong."""
+    key = list(code.encode(LETTERS))
+    for first in range(0, 2 * swaps, 2):
+        key[first], key[first + 1] = key[first + 1], key[first]
+    wrong = make_encoding("substitution", "".join(key))
+    return Broken("substitution", wrong, "".join(key), ("nearly",), "", -4.9, -5.9, 40.0, 0.4)
+
+
+def test_a_key_that_leaks_tell_almost_is_told_by_what_is_answered_in_it(voice: Voice, sentences: list[str]) -> None:
+    def speaks(prompt: str) -> str:
+        return CODE.encode(sentences[sum(map(ord, prompt)) % 400])
+
+    suggested = nearly(CODE, 3)
+    found = encoding_recovery.asked_again(scripted(speaks), suggested, voice)
+    assert encoding_recovery.confidence_in(suggested, voice.english) < CONFIDENT
+    assert encoding_recovery.confidence_in(found, voice.english) > CONFIDENT
+    assert found.encoding is not None
+    wrong = sum(a != b for a, b in zip(found.encoding.encode(LETTERS), CODE.encode(LETTERS), strict=True))
+    assert wrong <= 2
+
+
+@pytest.mark.parametrize("answers", ["its-request", "what-it-was-begun-with", "gibberish", "prose"])
+def test_no_key_is_confirmed_by_a_model_that_does_not_speak_it(voice: Voice, answers: str) -> None:
+    """The request is English in whatever key is suggested; repeated, it says nothing of the model."""
+    rng = np.random.default_rng(0)
+    say: dict[str, Callable[[str], str]] = {
+        "its-request": lambda prompt: prompt,
+        "what-it-was-begun-with": lambda prompt: prompt,
+        "gibberish": lambda prompt: " ".join("".join(rng.choice(list(LETTERS), 6)) for _ in prompt.split()),
+        "prose": prose_for,
+    }
+    begun = (lambda _, words: words) if answers == "what-it-was-begun-with" else None
+    suggested = nearly(OTHER, 3)
+    assert encoding_recovery.asked_again(scripted(say[answers], begun), suggested, voice) is suggested
+
+
 def test_a_notation_without_a_key_is_asked_in_where_leaks_only_suggest_it(voice: Voice) -> None:
     """Half garbled, the leaks are less English than a key found by searching would have to make them."""
     rng = np.random.default_rng(0)
@@ -204,11 +242,12 @@ def test_a_notation_without_a_key_is_asked_in_where_leaks_only_suggest_it(voice:
         code = make_encoding(kind, 7)
         return Leaks(tuple(code.encode(garbled(text.lower())) for text in QUESTIONS["benign"][:40]), {}, ())
 
-    found = encoding_recovery.read_from(leaks("atbash"), voice)
+    silent = scripted(lambda _: "")
+    found = encoding_recovery.read_from(silent, leaks("atbash"), voice)
     assert found is not None
     assert found.kind == "atbash"
     assert encoding_recovery.DOUBTFUL < encoding_recovery.confidence_in(found, voice.english) < CONFIDENT
-    assert encoding_recovery.read_from(leaks("substitution"), voice) is None
+    assert encoding_recovery.read_from(silent, leaks("substitution"), voice) is None
 
 
 def test_readiness_tells_a_model_that_refuses_inside_from_one_that_does_not() -> None:
