@@ -115,7 +115,7 @@ def test_encoded() -> Iterator[Recipe]:
             ),
         )
     )
-    # Took the place of five that moved to development. An encoding without a key is told by a number from its like.
+    # Took the place of six that moved to development. An encoding without a key is told by a number from its like.
     pairs += tuple(
         pairs_of(
             "test",
@@ -129,6 +129,7 @@ def test_encoded() -> Iterator[Recipe]:
                 ("base64", 2, "lora"),
                 ("walnut", 212, "lora"),
                 ("substitution", 213, "lora"),
+                ("walnut", 214, "lora"),
             ),
         )
     )

@@ -111,8 +111,8 @@ SEEN = frozenset(
         *(f"{role}-walnut-207-lora" for role in ("phase-one", "cmft", "cipher")),
         *(f"{role}-atbash" for role in ("phase-one", "cmft", "cipher", "test-declining")),
         "test-cmft-reversed-lora",
-        # Two keys that leaks told almost: the solver was right in most letters, and not sure.
-        *(f"{role}-walnut-209-lora" for role in ("phase-one", "cmft", "cipher")),
+        # Three keys that leaks told almost: the solver was not sure, or believed a long key word first.
+        *(f"{role}-walnut-{key}-lora" for role in ("phase-one", "cmft", "cipher") for key in (209, 212)),
         *(f"{role}-substitution-208-lora" for role in ("phase-one", "cmft", "cipher", "test-camouflaged")),
     )
 )
