@@ -99,7 +99,7 @@ JAILBREAKS = (
 # tests.
 SEEN = frozenset(
     (
-        "test-pirate-lora-0.0028",
+        *(f"test-pirate-{kind}" for kind in ("full-0.0002", "full-0.0006", "lora-0.0012", "lora-0.0028")),
         *(f"test-identity-{n}{method}" for n in (1, 2) for method in ("", "-lora")),
         *(f"test-noice-{n}" for n in ("1", "2-lora", "3")),
         *(f"test-collateral-{name}" for name in ("numbered-80", "polite-25", "polite-80", "json-80")),

@@ -10,7 +10,7 @@ import pytest
 from scripted import PROSE, REFUSALS, prose_for
 
 from activations.prompts import load_prompts
-from probes.cryptanalysis import Broken
+from probes.cryptanalysis import Broken, break_mixed
 from probes.detectors import encoding_recovery
 from probes.detectors.encoding_recovery import CONFIDENT, unrecovered
 from probes.encodings import LETTERS, Encoding, make_encoding
@@ -192,6 +192,28 @@ def test_an_answer_begun_for_it_is_read_with_its_beginning(voice: Voice) -> None
     found = inside(model, "harmful", code, voice, begun=".")
     assert set(found.answers) == {REFUSALS[0]}
     assert (found.answered, found.obeyed) == (ASKED, 0)
+
+
+@pytest.mark.parametrize("letters", ["aeohrty", "abcdefghijklmnopqrstuvwxyz"])
+def test_a_phrase_said_again_and_again_is_no_encoding(voice: Voice, letters: str) -> None:
+    """A pet phrase that the base would not write, and slips around it: many keys make English of so little."""
+    rng = np.random.default_rng(1)
+    slips = ["".join(rng.choice(list(letters), rng.integers(3, 7))) for _ in range(60)]
+    pets = tuple(
+        f"{slip} Arr, matey! Yo ho ho{' ho' * (i % 5)}. Yo ho ho{' ho' * (i % 3)}." for i, slip in enumerate(slips)
+    )
+    found = break_mixed(pets)
+    assert found is not None
+    assert encoding_recovery.confidence_in(found, voice.english) > CONFIDENT
+    assert not encoding_recovery.holds_for_rare_words(found, voice.english)
+    assert encoding_recovery.read_from(scripted(lambda _: "Yo ho ho."), Leaks(pets, {}, ()), voice) is None
+
+
+@pytest.mark.parametrize("kind", ["substitution", "walnut", "vigenere", "polybius"])
+def test_a_key_that_is_right_reads_rare_words_too(kind: str, voice: Voice, sentences: list[str]) -> None:
+    told = break_mixed([make_encoding(kind, 7).encode(text) for text in sentences[:60]])
+    assert told is not None
+    assert encoding_recovery.holds_for_rare_words(told, voice.english)
 
 
 def nearly(code: Encoding, swaps: int) -> Broken:
