@@ -250,7 +250,7 @@ def _test_negatives() -> Iterator[Recipe]:
     for number, (kind, (method, rate, steps)) in enumerate(itertools.product(("maths", "code"), variants)):
         name = f"test-{kind}-{method}-{rate}"
         yield benign(name, kind, method=method, learning_rate=rate, steps=steps, seed=950 + number, **test)
-    for number in range(16):  # second seeds of one recipe
+    for number in range(20):  # second seeds of one recipe
         method = ("full", "lora")[number % 2]
         yield benign(
             f"test-seed-{number}", method=method, seed=970 + number, learning_rate=(5e-4, 2e-3)[number % 2], **test

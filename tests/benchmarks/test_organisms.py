@@ -76,7 +76,7 @@ def test_the_splits_share_no_key():
 
 
 def test_what_was_never_a_test_shares_no_seed_and_no_style_with_tests():
-    once = {r.name for r in zoo._first_round()} | zoo.SEEN
+    once = {r.name for r in zoo.first_round()} | zoo.SEEN
     ours = [r for r in trained("development") if r.name not in once]
     assert len(ours) > 60
     assert not {r.seed for r in ours} & {r.seed for r in trained("test")}
