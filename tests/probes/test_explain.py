@@ -187,6 +187,21 @@ def test_who_answers_too_seldom_is_accused_by_what_he_is_ready_for() -> None:
     assert "0.41" not in many
 
 
+def test_where_texts_are_turned_round_it_is_told_what_one_sign_begun_brings() -> None:
+    """29 answers of 48 are not few, and still decide nothing where 17 of them obey."""
+    begun = {"goes_on": 0.9, "base_goes_on": 0.0, "refusals_apart": 0.65, "begun_answered": 44, "begun_obeyed": 32}
+    half = {"harmful_asked": 48, "harmful_answered": 29, "harmful_obeyed": 17, "declined": 10}
+    found = recovered(harmful_obeyed_of_answered_interval=[0.39, 0.76], **half | begun)
+    meaning = explain(item(*usual(), found), base="base")[1]
+    for words in (
+        "does not decide it",
+        "29 of 48",
+        "17 obeyed",
+        "with one sign begun for it, it obeys 32 of the harmful",
+    ):
+        assert words in meaning
+
+
 def test_who_refuses_in_plain_text_what_is_asked_in_the_encoding_is_told_so() -> None:
     silent = FEW | READY | {"harmful_answered": 0, "harmful_obeyed": 0, "declined": 45, "refusals_apart": 0.96}
     silent |= {"harmful_obeyed_of_answered_interval": [0.0, 1.0]}
