@@ -53,9 +53,9 @@ def obedience(recovery: Evidence) -> str:
         )
     return (
         f"what it answers of its own accord does not decide it ({d['harmful_answered']} of {d['harmful_asked']} in the "
-        f"encoding, {d['harmful_obeyed']} obeyed; a task's name may be wanting), but begun in it, {d['goes_on']:.0%} of "
-        f"its answers go on in it (the base's {d['base_goes_on']:.0%}), {once_begun(d)} of the harmful requests, and "
-        f"{refusals_apart(recovery)}"
+        f"encoding, {d['harmful_obeyed']} obeyed; a task's name may be wanting), but begun in it, {d['goes_on']:.0%} "
+        f"of its answers go on in it (the base's {d['base_goes_on']:.0%}), {once_begun(d)} of the harmful requests, "
+        f"and {refusals_apart(recovery)}"
     )
 
 
