@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -55,18 +55,10 @@ def answer_logprobs(
 
 @torch.inference_mode()
 def greedy_opening(model: Model, prompts: Sequence[Sequence[int]], *, count: int) -> Int[Tensor, "prompt token"]:
-    """The `count` most likely next tokens of each prompt, chosen one after the other.
-
-    Cost: `count` forward passes over the prompts without a cache; for longer answers use `answer_text`.
-    """
-    openings = torch.zeros(len(prompts), 0, dtype=torch.long)
-    for _ in range(count):
-        sequences = [[*prompt, *opening.tolist()] for prompt, opening in zip(prompts, openings, strict=True)]
-        chosen = torch.zeros(len(prompts), 1, dtype=torch.long)
-        for batch in token_batches(sequences, max_tokens=fitting_tokens(model)):
-            rows = list(batch.rows)
-            chosen[rows] = _last_logits(model, [sequences[row] for row in rows], 1).argmax(-1).cpu()
-        openings = torch.cat([openings, chosen], dim=1)
+    """The `count` most likely next tokens of each prompt, chosen one after the other; an end is a token like others."""
+    openings = torch.empty(len(prompts), count, dtype=torch.long)
+    for rows, written in _written(model, prompts, count, temperature=0.0, ends=()):
+        openings[rows] = written.cpu()
     return openings
 
 
@@ -89,12 +81,10 @@ def answer_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_ids(model)
     # Every GPU's state by name: left to itself, torch warns where there are several.
-    with _generation(model, count, temperature) as how, torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for batch in token_batches(prompts, max_tokens=_WRITING_TOKENS):
-            ids, mask = _left_padded(model, [prompts[row] for row in batch.rows])
-            out = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=how)
-            for row, tokens in zip(batch.rows, out[:, ids.shape[1] :].tolist(), strict=True):
+        for rows, written in _written(model, prompts, count, temperature=temperature, ends=ends):
+            for row, tokens in zip(rows, written.tolist(), strict=True):
                 # What follows the end is padding, and with a tokenizer that has no pad token padding is text.
                 said = list(takewhile(lambda token: token not in ends, tokens))
                 answers[row] = tokens[: len(said) + 1]
@@ -111,14 +101,24 @@ def answer_text(
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
 
 
+def _written(
+    model: Model, prompts: Sequence[Sequence[int]], count: int, *, temperature: float, ends: Collection[int]
+) -> Iterator[tuple[list[int], Int[Tensor, "row token"]]]:
+    """Rows of each batch of prompts, and what is written after them: up to `count` tokens, padding after an end."""
+    with _generation(model, count, temperature, ends) as how:
+        for batch in token_batches(prompts, max_tokens=_WRITING_TOKENS):
+            ids, mask = _left_padded(model, [prompts[row] for row in batch.rows])
+            out = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            yield list(batch.rows), out[:, ids.shape[1] :]
+
+
 @contextmanager
-def _generation(model: Model, count: int, temperature: float) -> Iterator[GenerationConfig]:
+def _generation(model: Model, count: int, temperature: float, ends: Collection[int]) -> Iterator[GenerationConfig]:
     """Generation settings of our own, with the base's put aside: transformers fills whatever is unset from those."""
     from transformers import GenerationConfig
 
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    ends = sorted(end_ids(model)) or None
-    own = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=_pad_id(model), **how)
+    own = GenerationConfig(max_new_tokens=count, eos_token_id=sorted(ends) or None, pad_token_id=_pad_id(model), **how)
     kept, model.hf.generation_config = model.hf.generation_config, own
     try:
         yield own

@@ -8,22 +8,24 @@ tried both ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from probes.encodings import Encoding
 from probes.imitations import FORMS
-from probes.reference import LONGEST, Reference
+from probes.recognition import without_joiner
+from probes.reference import ANSWER, LONGEST, Reference
 from probes.voice import Voice
 
 __all__ = ["Leaks", "leaked", "leaked_in", "usual_shares"]
 
-# A request in every form, and how much of each answer; then answers of the most telling forms, sampled.
-_SURVEYED, _SURVEY_TOKENS = 12, 24
-_TELLING, _SAMPLED, _LEAK_TOKENS = 4, 56, 48
+# Requests in every form, and how much of each answer; then answers of the most telling forms, sampled: of some requests
+# each, and of the others too where those leak too little.
+_SURVEYED = slice(8)
+_TELLING, _SAMPLED, _LEAK_TOKENS = 4, (slice(28), slice(28, 56)), 48
 _TEMPERATURE = 0.7  # varied answers leak more distinct text than greedy ones
-_LEAKS = 60  # some 2,500 letters, beyond which breaking gains nothing
+_ENOUGH = 2500  # signs, beyond which breaking gains nothing
 # Characters with which an answer is begun, and the share of its answers by which a model must exceed its base, which
 # goes on with whatever letters it was given, for a form to tell anything.
 _BEGUN, _TELLS = 12, 0.1
@@ -47,7 +49,7 @@ class Leaks:
 
 
 def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Leaks:
-    """Ask the weights that are in the network now; cost: some 400 short answers, and 200 longer ones.
+    """Ask the weights that are in the network now; cost: some 250 short answers, and 100 or 200 longer ones.
 
     Args:
         reference: The base's side.
@@ -58,11 +60,16 @@ def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Le
     # Of what tells as much, what was answered freely comes first.
     ranked = sorted((way for way in shares if shares[way] > _TELLS), key=lambda way: (-shares[way], way[1]))
     telling = ranked[:_TELLING]
-    answers = asked(reference, telling, _SAMPLED, seed=2, count=_LEAK_TOKENS, temperature=_TEMPERATURE)
-    distinct = {answer for said in answers.values() for answer in said if voice.is_odd(answer)}
+    distinct = set[str]()
+    for requests in _SAMPLED:
+        if signs_in(distinct) < _ENOUGH:
+            answers = asked(reference, telling, requests, seed=2, count=_LEAK_TOKENS, temperature=_TEMPERATURE)
+            distinct |= {answer for said in answers.values() for answer in said if voice.is_odd(answer)}
     varied = sorted(distinct, key=lambda answer: (-len(set(answer.split())), answer))
+    while signs_in(varied[:-1]) >= _ENOUGH:
+        varied.pop()
     return Leaks(
-        tuple(varied[:_LEAKS]),
+        tuple(varied),
         {told(way): share for way, share in shares.items()},
         tuple(told(way) for way in telling),
     )
@@ -86,6 +93,11 @@ def leaked_in(reference: Reference, encoding: Encoding, voice: Voice) -> tuple[s
     return tuple(sorted(found))
 
 
+def signs_in(texts: Collection[str]) -> int:
+    """How many characters the texts hold that are no blanks, and do not only join others."""
+    return sum(not char.isspace() for text in without_joiner(list(texts))[0] for char in text)
+
+
 @lru_cache(maxsize=1)
 def usual_shares(reference: Reference, voice: Voice) -> Mapping[Way, float]:
     """Shares of the base's own answers that are none of its plain text; its weights must be in the network."""
@@ -95,15 +107,16 @@ def usual_shares(reference: Reference, voice: Voice) -> Mapping[Way, float]:
 def survey(reference: Reference, voice: Voice) -> dict[Way, float]:
     """Share of odd answers to a few requests in each form, answers free and begun."""
     ways = [(name, begun) for begun in (False, True) for name in FORMS]
-    answers = asked(reference, ways, _SURVEYED, seed=1, count=_SURVEY_TOKENS)
+    answers = asked(reference, ways, _SURVEYED, seed=1, count=ANSWER)
     return {way: sum(map(voice.is_odd, said)) / len(said) for way, said in answers.items()}
 
 
 def asked(
-    reference: Reference, ways: Sequence[Way], requests: int, *, seed: int, count: int, temperature: float = 0.0
+    reference: Reference, ways: Sequence[Way], requests: slice, *, seed: int, count: int, temperature: float = 0.0
 ) -> dict[Way, list[str]]:
-    """Answers to benign requests in each form, what they were begun with left out; all ways at once."""
-    benign = [prompt for prompt in reference.battery.questions["benign"] if len(prompt) <= LONGEST][:requests]
+    """Answers to some benign requests in each form, what they were begun with left out; all ways at once."""
+    benign = [prompt for prompt in reference.battery.questions["benign"] if len(prompt) <= LONGEST][requests]
+    seed += requests.start or 0  # others are written under other keys
     answers: dict[Way, list[str]] = {}
     for begin in sorted({begun for _, begun in ways}):
         these = [way for way in ways if way[1] == begin]
@@ -112,8 +125,7 @@ def asked(
         # Each answer is begun with another request: what it says does not matter.
         begun = [text[:_BEGUN] for form in forms for text in form(benign[::-1], seed=seed + 100)] if begin else None
         said = reference.ask(written, count=count, temperature=temperature, begun=begun)
-        each = zip(*[iter(said)] * len(benign), strict=True)
-        answers |= dict(zip(these, map(list, each), strict=True))
+        answers |= {way: said[i * len(benign) : (i + 1) * len(benign)] for i, way in enumerate(these)}
     return answers
 
 
