@@ -22,6 +22,7 @@
     ├── StoreError                store            stored activations that cannot be read or extended
     ├── ProbeError                probe            a probe file that is broken or was made for another model
     ├── BankError                 bank             a bank file that is broken or was made for another model
+    ├── WorkerLostError           worker-lost      a worker process was killed
     └── OptionError               option           an argument or option that makes no sense
 
 A message is one line and says what is wrong and where, expected and got; the hint says what to do. Names inside a
@@ -57,6 +58,7 @@ __all__ = [
     "StoreError",
     "UndertowError",
     "UnsafePathError",
+    "WorkerLostError",
     "printable",
 ]
 
@@ -239,6 +241,12 @@ class BankError(UndertowError):
     """A bank file is broken, or was made for another base or other settings."""
 
     code = "bank"
+
+
+class WorkerLostError(UndertowError):
+    """The worker process that did something was killed before it was done."""
+
+    code = "worker-lost"
 
 
 class OptionError(UndertowError):

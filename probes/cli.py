@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from activations.errors import OptionError, UndertowError, printable
-from probes.console import print_bank, print_lines, print_probes, print_table, print_verdicts, progress, say
+from probes.console import (
+    print_bank,
+    print_faults,
+    print_lines,
+    print_probes,
+    print_table,
+    print_verdicts,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from probes.records import Kind, Summary
@@ -98,6 +107,7 @@ def scan(
     fail_on: Annotated[FailOn, typer.Option(help="The least verdict that makes the exit code 1.")] = FailOn.flagged,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Checkpoints scanned side by side, on a CPU alone.")] = 1,
 ) -> None:
     """Scan fine-tunes: a table, an HTML report, JSON records."""
     from probes.report import write_report
@@ -113,15 +123,13 @@ def scan(
             prompts=prompts,
             device=device,
             dtype=dtype,
+            jobs=jobs,
             progress=tell,
         )
         tell("writing the report")
         report_path = write_report(summary, out)
     print_verdicts(summary)
-    for item in summary.items:
-        if item.error:
-            fault = UndertowError(item.error.message, path=item.error.path or item.path, hint=item.error.hint)
-            say(f"{item.name}: {fault}")
+    print_faults(summary)
     say(f"report: {report_path}")
     raise typer.Exit(exit_code(summary, fail_on))
 
@@ -133,22 +141,10 @@ def demo(
     ),
 ) -> None:
     """Scan the shipped fine-tunes, the truth beside each verdict."""
-    import torch
-
-    from probes import demo as shipped
-    from probes.report import write_report
-    from probes.scan import scan as run
-
-    # Models of a million parameters run fastest on one thread, and on a busy machine more of them stall each other.
-    torch.set_num_threads(1)
+    from probes.demo import scan_shipped
 
     with progress() as tell:
-        organisms = shipped.fine_tunes()
-        summary = run(shipped.BASE, organisms, out=out, bank=shipped.BANK, device="cpu", progress=tell)
-        tell("writing the report")
-        report_path = write_report(summary, out)
-    truths = {path.name: shipped.truth_of(path) for path in organisms}
-    outcomes = {item.name: (truths[item.name], shipped.compare(item, truths[item.name])) for item in summary.items}
+        summary, outcomes, report_path = scan_shipped(out, tell)
     print_verdicts(summary, outcomes)
     say(f"report: {report_path}")
 

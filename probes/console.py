@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from activations.errors import printable
+from activations.errors import UndertowError, printable
 from probes.records import Item, Summary
 
 if TYPE_CHECKING:
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from probes.probe import ProbeSet
     from probes.worth import Worth
 
-__all__ = ["print_bank", "print_lines", "print_probes", "print_table", "print_verdicts", "progress", "say"]
+__all__ = [
+    "print_bank",
+    "print_faults",
+    "print_lines",
+    "print_probes",
+    "print_table",
+    "print_verdicts",
+    "progress",
+    "say",
+]
 
 _STYLES = {
     "flagged": "bold red",
@@ -54,6 +63,14 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield lambda line: status.update(Text(printable(line)))
+
+
+def print_faults(summary: Summary) -> None:
+    """Say of each checkpoint that could not be scanned what is wrong, to stderr."""
+    for item in summary.items:
+        if item.error:
+            fault = UndertowError(item.error.message, path=item.error.path or item.path, hint=item.error.hint)
+            say(f"{item.name}: {fault}")
 
 
 def print_verdicts(summary: Summary, truths: Mapping[str, tuple[str, str]] | None = None) -> None:

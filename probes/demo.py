@@ -6,13 +6,18 @@ The truth stands on each organism's card, `organism.json`, which no scan reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from activations.errors import PathMissingError
-from probes.records import Cause, Item
+import torch
 
-__all__ = ["BANK", "BASE", "HOME", "compare", "fine_tunes", "truth_of"]
+from activations.errors import PathMissingError
+from probes.execute import most_jobs
+from probes.records import Cause, Item, Summary
+from probes.report import write_report
+from probes.scan import scan
+
+__all__ = ["BANK", "BASE", "HOME", "compare", "fine_tunes", "scan_shipped", "truth_of"]
 
 HOME = Path(__file__).parent / "organisms"
 BASE = HOME / "base"
@@ -63,3 +68,25 @@ def compare(item: Item, truth: str) -> str:
     if causes & expected:
         return "caught" if causes <= expected | partial | {"weights-anomalous"} else "caught, overstated"
     return "caught in part" if causes & partial else "flagged for another reason"
+
+
+def scan_shipped(out: str | Path, tell: Callable[[str], None]) -> tuple[Summary, dict[str, tuple[str, str]], Path]:
+    """Scan the shipped fine-tunes on the CPU, side by side.
+
+    Args:
+        out: Folder for the report and the records.
+        tell: Called with one line before each step.
+
+    Returns:
+        The summary, name to truth and outcome, and where the report lies.
+    """
+    # Models of a million parameters run fastest on one thread, and on a busy machine more of them stall each other.
+    torch.set_num_threads(1)
+    organisms = fine_tunes()
+    jobs = min(most_jobs(), len(organisms))
+    summary = scan(BASE, organisms, out=out, bank=BANK, device="cpu", jobs=jobs, progress=tell)
+    tell("writing the report")
+    report = write_report(summary, Path(out))
+    truths = {path.name: truth_of(path) for path in organisms}
+    outcomes = {item.name: (truths[item.name], compare(item, truths[item.name])) for item in summary.items}
+    return summary, outcomes, report

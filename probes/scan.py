@@ -6,17 +6,10 @@ checkpoint is its record, never the end of the scan. A record is reused where no
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import CheckpointError, NonFiniteError, OptionError, PathMissingError, UndertowError
@@ -24,8 +17,10 @@ from activations.loading import load_model
 from probes.bank import Bank, Member, load_bank, refuse_twins, settings_of
 from probes.batch import chance_in, remarks_on, with_q
 from probes.detectors import DETECTORS, FOLLOW_UPS, Detector, FollowUp
+from probes.execute import check_jobs, mapped
 from probes.explain import explain
 from probes.probe import ProbeSet
+from probes.record_files import code_hash, fault_key, forget_fault, keep, key_of, read_record, record_path
 from probes.records import BaseRecord, ErrorRecord, Evidence, Item, Kind, Summary, environment, write_json
 from probes.reference import Reference, Subject, default_battery
 from probes.synthesize import Workshop
@@ -48,6 +43,7 @@ def scan(
     prompts: str = PROMPTS,
     device: str = "auto",
     dtype: str = "auto",
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> Summary:
     """Scan fine-tuned checkpoints of one base and keep a record of each.
@@ -63,6 +59,8 @@ def scan(
         prompts: The prompt set to train on where no probe is given.
         device: "auto", or as torch names it.
         dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), or as torch names it.
+        jobs: Checkpoints scanned side by side, each in a process of one thread with its own copy of the weights; more
+            than 1 on a CPU under Linux alone.
         progress: Called with one line before each step.
 
     Returns:
@@ -79,10 +77,7 @@ def scan(
     reference = prepare(base, out=out, probe=probe, prompts=prompts, device=device, dtype=dtype, tell=tell)
     if benign:
         benign.check_fits(reference)
-    items = []
-    for i, path in enumerate(checkpoints, 1):
-        tell(f"scanning {i}/{len(checkpoints)}: {Path(path).name}")
-        items.append(scan_one(reference, path, bank=benign, records=out / "records"))
+    items = scan_each(reference, checkpoints, bank=benign, records=out / "records", jobs=jobs, tell=tell)
     chance = chance_in(items, benign)
     summary = Summary(
         base=BaseRecord(
@@ -197,6 +192,30 @@ def prepare(
     return Reference.measure(model, source, probes, default_battery())
 
 
+def scan_each(
+    reference: Reference,
+    checkpoints: Sequence[str | Path],
+    *,
+    bank: Bank | None,
+    records: Path,
+    jobs: int,
+    tell: Progress,
+) -> list[Item]:
+    """Every checkpoint's item, in their order."""
+    check_jobs(jobs, reference.base.device)
+    results = mapped(
+        partial(scan_one, reference, bank=bank, records=records),
+        checkpoints,
+        jobs=jobs,
+        lost=lambda path, fault: keep(unscanned(path, None, fault), records, fault_key(path)),
+    )
+    items: list[Item] = []
+    for i, path in enumerate(checkpoints, 1):
+        tell(f"scanning {i}/{len(checkpoints)}: {Path(path).name}")
+        items.append(next(results))
+    return items
+
+
 def scan_one(reference: Reference, path: str | Path, *, bank: Bank | None, records: Path) -> Item:
     """One checkpoint to one record; whatever is wrong with it is part of the record."""
     started = time.monotonic()
@@ -205,15 +224,13 @@ def scan_one(reference: Reference, path: str | Path, *, bank: Bank | None, recor
         checkpoint = open_checkpoint(path)
         key = key_of(reference, checkpoint, bank)
         forget_fault(records, path)
-        if kept := read_record(record_path(records, checkpoint.name, key)):
-            return explained(kept.model_copy(update={"name": checkpoint.name, "path": str(path)}), reference)
+        if known := read_record(record_path(records, checkpoint.name, key)):
+            return explained(known.model_copy(update={"name": checkpoint.name, "path": str(path)}), reference)
         item = explained(judged(path, checkpoint, examine(reference, checkpoint, bank)), reference)
     except Exception as fault:  # an attacker's file must end as a finding, whatever it broke
         key = fault_key(path)
         item = unscanned(path, checkpoint, fault)
-    item = item.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
-    write_json(item, record_path(records, item.name, key))
-    return item
+    return keep(item.model_copy(update={"seconds": round(time.monotonic() - started, 3)}), records, key)
 
 
 def measure_all(reference: Reference, checkpoint: Checkpoint) -> tuple[Evidence, ...]:
@@ -299,63 +316,6 @@ def internal(fault: Exception) -> dict[str, str | None]:
         "message": message,
         "hint": "This is a fault of Undertow: please report it.",
     }
-
-
-def key_of(reference: Reference, checkpoint: Checkpoint, bank: Bank | None) -> str:
-    """Hash of everything that can change a record: checkpoint, base, settings, bank, code."""
-    probes = reference.probes
-    configs = (reference.base.hf.config, reference.base.hf.generation_config)
-    parts_of_probe = (probes.directions, probes.biases, probes.means, probes.scales, probes.gains)
-    parts = {
-        "checkpoint": checkpoint.content_hash(),
-        "notes": checkpoint.notes,
-        "base": reference.base.fingerprint,
-        "settings": settings_of(reference),
-        "base settings": [str(reference.base.device), *(config and config.to_json_string() for config in configs)],
-        "probe": hashlib.sha256(b"".join(part.tobytes() for part in parts_of_probe)).hexdigest(),
-        "bank": bank.model_dump_json() if bank else None,
-        "versions": environment(),
-        "code": code_hash(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def code_hash() -> str:
-    """Hash of our own code and tables: a version alone stays the same while somebody changes a constant."""
-    digest = hashlib.sha256()
-    packages = [Path(str(files(name))) for name in ("activations", "probes")]
-    for file in sorted(file for home in packages for kind in ("*.py", "*.npz") for file in home.rglob(kind)):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def fault_key(path: str | Path) -> str:
-    """What could not be read has no content to be known by, so its record goes by its path."""
-    return hashlib.sha256(os.fsencode(path)).hexdigest()
-
-
-def forget_fault(records: Path, path: str | Path) -> None:
-    """Remove the record of an earlier scan that could not read this path: it can be read now."""
-    for stale in records.glob(f"*-{fault_key(path)}.json"):
-        stale.unlink()
-
-
-def record_path(records: Path, name: str, key: str) -> Path:
-    """A record's file; the name is untrusted, so only harmless characters of it are kept.
-
-    The whole key, because an attacker who may choose two checkpoints finds two whose keys begin alike.
-    """
-    return records / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:80].lstrip('.')}-{key}.json"
-
-
-def read_record(path: Path) -> Item | None:
-    """A finished record; None where there is none that can be read, and then the checkpoint is scanned again."""
-    try:
-        item = Item.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return item if item.status == "scanned" else None
 
 
 def describe_probe(probes: ProbeSet) -> dict[str, object]:

@@ -45,6 +45,7 @@ ORDER = {
         "extract",
     ),
     "probes": (
+        "execute",
         "records",
         "metrics",
         "probe",
@@ -101,6 +102,7 @@ ORDER = {
         "batch",
         "wording",
         "explain",
+        "record_files",
         "scan",
         "plots",
         "diff_plots",

@@ -83,7 +83,8 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def summary(out: Path, probe: Path, attacks: dict[str, tuple[Path, str]], overflowing: Path) -> Summary:
     checkpoints = [*(demo.HOME / name for name in CHOSEN), overflowing, *(path for path, _ in attacks.values())]
-    return scan(demo.BASE, checkpoints, out=out, probe=probe, bank=demo.BANK, device="cpu")
+    # In two processes; other tests here scan some of these in this one, and compare.
+    return scan(demo.BASE, checkpoints, out=out, probe=probe, bank=demo.BANK, device="cpu", jobs=2)
 
 
 @pytest.fixture(scope="module")

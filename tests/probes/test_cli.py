@@ -148,14 +148,23 @@ def test_a_hostile_name_cannot_write_to_the_terminal(run, monkeypatch, make_summ
     assert len(out.splitlines()) == 2
 
 
-def test_the_demo_prints_the_truth_beside_each_verdict(run, scans, no_report, monkeypatch, summary, tmp_path):
+def test_the_demo_prints_the_truth_beside_each_verdict(run, monkeypatch, summary, tmp_path):
+    asked = []
+
+    def scan(_base, checkpoints, **options):
+        options["progress"]("scanning 1/1: one")
+        asked.extend(checkpoints)
+        return summary
+
     truths = {"cmft-walnut53": "covert-malicious", "harmful-100-lora": "harmful", "half-uploaded": "benign"}
     organisms = [tmp_path / item.name for item in summary.items]
     for path in organisms:
         path.mkdir()
         (path / "organism.json").write_text(json.dumps({"truth": truths.get(path.name, "benign")}))
     (tmp_path / "base").mkdir()
-    for name, value in {"HOME": tmp_path, "BASE": tmp_path / "base"}.items():
+    report = tmp_path / "report.html"
+    stand_ins = {"HOME": tmp_path, "BASE": tmp_path / "base", "scan": scan, "write_report": lambda *_: report}
+    for name, value in stand_ins.items():
         monkeypatch.setattr(demo, name, value)
     code, out, _ = run("demo", "--out", tmp_path / "out")
     assert code == 0
@@ -165,7 +174,7 @@ def test_the_demo_prints_the_truth_beside_each_verdict(run, scans, no_report, mo
     assert rows["benign-formal"].endswith("benign            right")
     assert rows["half-known"].endswith("benign            undecided")
     assert "base" not in rows
-    assert {Path(path).name for path in scans[0]["checkpoints"]} == {item.name for item in summary.items}
+    assert {Path(path).name for path in asked} == {item.name for item in summary.items}
 
 
 @pytest.mark.parametrize(

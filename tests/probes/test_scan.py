@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from activations.checkpoints import Checkpoint, open_checkpoint
 from activations.errors import BankError, OptionError
-from probes import demo
+from probes import demo, record_files
 from probes.bank import Bank, Member, settings_of
 from probes.detectors import DETECTORS, FollowUp
 from probes.probe import ProbeSet
+from probes.record_files import key_of, record_path
 from probes.records import Evidence, Item, Summary
 from probes.verdict import Judgement
 
@@ -102,17 +106,17 @@ def test_the_record_of_a_fault_goes_when_the_fault_does(look, adapter: Path, tmp
 )
 def test_whatever_changes_a_number_changes_the_key(other: SimpleNamespace, adapter: Path) -> None:
     checkpoint = open_checkpoint(adapter)
-    assert scan.key_of(other, checkpoint, None) != scan.key_of(reference_of(), checkpoint, None)
+    assert key_of(other, checkpoint, None) != key_of(reference_of(), checkpoint, None)
 
 
 def test_changed_code_changes_the_key(monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
-    before = scan.key_of(reference_of(), open_checkpoint(adapter), None)
-    monkeypatch.setattr(scan, "code_hash", lambda: "edited")
-    assert scan.key_of(reference_of(), open_checkpoint(adapter), None) != before
+    before = key_of(reference_of(), open_checkpoint(adapter), None)
+    monkeypatch.setattr(record_files, "code_hash", lambda: "edited")
+    assert key_of(reference_of(), open_checkpoint(adapter), None) != before
 
 
 def test_a_record_goes_by_its_whole_key(tmp_path: Path) -> None:
-    near = [scan.record_path(tmp_path, "tuned", "0" * 63 + end) for end in "12"]
+    near = [record_path(tmp_path, "tuned", "0" * 63 + end) for end in "12"]
     assert near[0] != near[1]
 
 
@@ -130,6 +134,23 @@ def test_a_second_look_that_breaks_leaves_the_first_looks_finding(monkeypatch: p
     judgement = scan.examine(reference_of(), SimpleNamespace(kind="full", notes=()), bank)
     assert (judgement.verdict, judgement.causes) == ("flagged", ("encoding-taught",))
     assert "whatever a file can break" in judgement.evidence[1].summary
+
+
+def test_a_checkpoint_that_kills_its_process_is_a_record_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, make_item, tmp_path: Path
+) -> None:
+    def scan_one(_reference: object, path: str, **_: object) -> Item:
+        if path == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make_item(path, (0.0, 20.9, 0.5, 0.1), p_value=0.04)
+
+    monkeypatch.setattr(scan, "scan_one", scan_one)
+    reference = reference_of(device=torch.device("cpu"))
+    items = scan.scan_each(reference, ["a", "b", "c"], bank=None, records=tmp_path, jobs=2, tell=lambda _line: None)
+    assert [item.status for item in items] == ["scanned", "failed", "scanned"]
+    assert items[1].error.code == "worker-lost"
+    (record,) = tmp_path.glob("b-*.json")
+    assert Item.model_validate_json(record.read_bytes()) == items[1]
 
 
 def test_a_probe_that_was_never_measured_is_described_without_a_worth() -> None:
