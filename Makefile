@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-BENCH  := $(filter-out $(addprefix benchmarks/,ablation.py audits.py diff_cost.py harness.py rates.py rivals.py),$(wildcard benchmarks/*.py))
+BENCH  := $(filter-out $(addprefix benchmarks/,ablation.py audits.py diff_cost.py first_sight.py harness.py rates.py rivals.py),$(wildcard benchmarks/*.py))
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE         := 1
