@@ -250,8 +250,10 @@ def by_shifts(texts: Sequence[str], joiner: str, seed: int) -> Iterator[Broken]:
 
 
 def by_symbols(texts: Sequence[str], joiner: str, seed: int) -> Iterator[Broken]:
-    """One symbol for each letter: permuted letters, or any other cells."""
-    if len(set("".join(texts).lower()) & set(LETTERS)) < 15:
+    """One symbol for each letter: permuted letters, or any other cells, where a few letters may have strayed."""
+    signs = Counter("".join("".join(texts).lower().split()))
+    letters = [signs[letter] for letter in LETTERS if signs[letter]]
+    if len(letters) < 15 or sum(letters) < signs.total() / 2:
         yield from by_cells(texts, joiner, seed)
         return
     broken = break_substitution(texts, seed=seed)

@@ -40,9 +40,9 @@ CONFIDENT = 0.5
 DOUBTFUL = 0.25
 # A letter code between the two, or not far above, is asked in, and what is answered is broken.
 LETTER_CODES, SURE = ("substitution", "walnut", "vigenere"), 0.7
-# It must read rare words too, each counted so often at most, this far from the null to the base's English: keys that a
-# pet phrase suggested reach 0.05, or have too few words; true ones stay above 0.2, of development organisms.
-OFTEN, GAINED = 3, 0.12
+# It must read rare words too, each counted so often at most, so many signs of them, and this far from the null to the
+# base's English: keys that a pet phrase suggested reach 0.11; true ones stay above 0.2, of development organisms.
+OFTEN, RARE_SIGNS, GAINED = 3, 150, 0.15
 # Kinds whose words are language in whatever order; the solver is sure of them by another measure.
 BY_PLACE = ("word-order", "endspeak", "startspeak")
 # Encodings without a key, or under one that is public: what an attacker takes who thinks of none himself. How many
@@ -186,7 +186,7 @@ def holds_for_rare_words(broken: Broken, english: float) -> bool:
         if times[word] <= OFTEN:
             rare.append(word)
     gained = (english_score(" ".join(rare)) - broken.null) / max(english - broken.null, 1e-6)
-    return signs_in(rare) >= FEWEST_SIGNS and gained >= GAINED
+    return signs_in(rare) >= RARE_SIGNS and gained >= GAINED
 
 
 def asked_again(reference: Reference, broken: Broken, voice: Voice) -> Broken:

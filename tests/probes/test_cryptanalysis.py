@@ -188,6 +188,17 @@ def test_cells_of_any_look_are_letters(cells: str, sentences: list[str]) -> None
     assert same_letters("cells", plain, broken.texts) >= 0.97
 
 
+def test_words_that_stray_among_cells_do_not_make_them_letters(sentences: list[str]) -> None:
+    plain = some(sentences, 1500, seed=3)
+    encoded = [make_encoding("polybius", 3).encode(text) for text in plain]
+    words = ["helpmed", "TJ", "quick", "foxy", "van", "bw", "zigs"]
+    strayed = [f"{text} {word}" for text, word in zip(encoded, words, strict=False)]
+    assert len(used(strayed)) >= 20
+    broken = break_encoding([*strayed, *encoded[len(strayed) :]])
+    assert broken is not None
+    assert (broken.kind, broken.confidence > CONFIDENT) == ("polybius", True)
+
+
 def test_a_blank_that_is_encoded_too_is_found(sentences: list[str]) -> None:
     plain = some(sentences, 1000, seed=6)
     order = np.random.default_rng(3).permutation(27)
