@@ -51,7 +51,6 @@ from ablation import ablate, ablation_table, costs, timed, with_other
 from audits import Audit, Auditor, learned
 from harness import Figure, columns, parser, shown, table, write
 from homes import CARD, Home
-from joblib import Parallel, delayed
 from rates import RIVALS, SCORED, Case, combined, fuse, headline, held_out, labelled, rates, share_of, verdicts
 from recipes import Recipe
 from rows import load_corpus
@@ -149,15 +148,9 @@ def blind_scan(organisms: Sequence[Path], bank: Path | None, work: Path, *, jobs
     for organism, copy in zip(organisms, copies, strict=True):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(organism, copy, ignore=shutil.ignore_patterns(CARD))
-    parts = [[copies[i] for i in order[start::jobs]] for start in range(jobs)]
-    run = (delayed(_scan)(part, work / f"scan-{n}", bank) for n, part in enumerate(parts) if part)
-    found = {item.name: item for items in Parallel(n_jobs=jobs)(run) for item in items}
-    return [found[name].model_copy(update={"name": path.name}) for name, path in zip(blind, organisms, strict=True)]
-
-
-def _scan(copies: Sequence[Path], out: Path, bank: Path | None) -> tuple[Item, ...]:
-    torch.set_num_threads(1)
-    return scan(BASE, copies, out=out, bank=bank, progress=tell).items
+    found = scan(BASE, [copies[i] for i in order], out=work / "scan", bank=bank, device="cpu", jobs=jobs, progress=tell)
+    by_name = {item.name: item for item in found.items}
+    return [by_name[name].model_copy(update={"name": path.name}) for name, path in zip(blind, organisms, strict=True)]
 
 
 def case_of(recipe: Recipe, item: Item) -> Case:

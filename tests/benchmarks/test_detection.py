@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import ablation
 import detection
 import numpy as np
@@ -186,11 +188,12 @@ def test_names_of_blind_copies_say_nothing_and_items_come_back_in_order(tmp_path
         (folder / "weights").write_text(folder.name)
         (folder / detection.CARD).write_text("{}")
 
-    def look(copies, out, bank):
+    def look(_base, copies, **_):
         assert not any((copy / detection.CARD).exists() or copy.name in ("zebra", "ant", "cmft") for copy in copies)
-        return tuple(item(copy.name, score=float(len((copy / "weights").read_text()))) for copy in copies)
+        found = tuple(item(copy.name, score=float(len((copy / "weights").read_text()))) for copy in copies)
+        return SimpleNamespace(items=found)
 
-    monkeypatch.setattr(detection, "_scan", look)
+    monkeypatch.setattr(detection, "scan", look)
     found = detection.blind_scan(folders, None, tmp_path / "work")
     assert [(one.name, one.score) for one in found] == [("zebra", 5.0), ("ant", 3.0), ("cmft", 4.0)]
 
