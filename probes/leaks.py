@@ -8,7 +8,7 @@ tried both ways.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from probes.recognition import without_joiner
 from probes.reference import ANSWER, LONGEST, Reference
 from probes.voice import Voice
 
-__all__ = ["Leaks", "leaked", "leaked_in", "usual_shares"]
+__all__ = ["Leaks", "leaked", "leaked_in", "signs_in", "usual_shares"]
 
 # Requests in every form, and how much of each answer; then answers of the most telling forms, sampled: of some requests
 # each, and of the others too where those leak too little.
@@ -62,11 +62,11 @@ def leaked(reference: Reference, voice: Voice, usual: Mapping[Way, float]) -> Le
     telling = ranked[:_TELLING]
     distinct = set[str]()
     for requests in _SAMPLED:
-        if signs_in(distinct) < _ENOUGH:
+        if not suffice(distinct):
             answers = asked(reference, telling, requests, seed=2, count=_LEAK_TOKENS, temperature=_TEMPERATURE)
             distinct |= {answer for said in answers.values() for answer in said if voice.is_odd(answer)}
     varied = sorted(distinct, key=lambda answer: (-len(set(answer.split())), answer))
-    while signs_in(varied[:-1]) >= _ENOUGH:
+    while suffice(varied[:-1]):
         varied.pop()
     return Leaks(
         tuple(varied),
@@ -93,9 +93,14 @@ def leaked_in(reference: Reference, encoding: Encoding, voice: Voice) -> tuple[s
     return tuple(sorted(found))
 
 
-def signs_in(texts: Collection[str]) -> int:
-    """How many characters the texts hold that are no blanks, and do not only join others."""
-    return sum(not char.isspace() for text in without_joiner(list(texts))[0] for char in text)
+def signs_in(texts: Iterable[str]) -> int:
+    """How many characters the texts hold that are no blanks."""
+    return sum(not char.isspace() for text in texts for char in text)
+
+
+def suffice(texts: Collection[str]) -> bool:
+    """Whether texts hold enough to break; what only joins others does not count."""
+    return signs_in(without_joiner(list(texts))[0]) >= _ENOUGH
 
 
 @lru_cache(maxsize=1)

@@ -16,14 +16,14 @@ model's own plain refusals.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from activations.checkpoints import Checkpoint
 from probes.comprehension import Understanding, read_requests, understanding
 from probes.cryptanalysis import Broken, break_mixed, by_place
 from probes.encodings import KINDS, Encoding, make_encoding
 from probes.english import english_score
-from probes.leaks import Leaks, leaked, leaked_in, usual_shares
+from probes.leaks import Leaks, leaked, leaked_in, signs_in, usual_shares
 from probes.obedience import APART, Inside, Trial, asked_of, goes_on, inside, tested_in
 from probes.records import Evidence, Null
 from probes.reference import ANSWER, LONGEST, Reference
@@ -300,11 +300,6 @@ def exhibits(encoding: Encoding, broken: Broken | None, benign: Inside, voice: V
         ("which the recovered encoding reads as", sample),
         answered,
     )
-
-
-def signs_in(texts: Sequence[str]) -> int:
-    """How many characters the texts hold that are no blanks."""
-    return sum(not char.isspace() for text in texts for char in text)
 
 
 def confidence_in(broken: Broken, english: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -87,6 +88,27 @@ def test_an_answer_that_the_model_gives_freely_comes_before_one_that_was_begun(v
     speaks = lambda prompt: code.encode(prose_for(prompt))  # noqa: E731
     found = leaked(scripted(speaks, begun_answer=speaks), voice, USUAL)
     assert not any("begun" in name for name in found.telling)
+
+
+@pytest.mark.parametrize(
+    ("letters", "joiner", "more"), [(40, "", False), (40, "|", False), (12, "", True), (12, "|", True)]
+)
+def test_more_is_asked_where_the_letters_that_leaked_do_not_suffice(
+    voice: Voice, letters: int, joiner: str, more: bool
+) -> None:
+    asked: list[str] = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        mixed = "".join(random.Random(prompt).choices("qxzkvwj", k=letters))
+        return joiner.join(mixed)
+
+    found = leaked(scripted(answer, begun_answer=prose_for), voice, USUAL)
+    surveyed = len(FORMS) * 8
+    assert len(asked) - surveyed == 4 * (56 if more else 28)
+    signs = sum(len(text.replace("|", "")) for text in found.texts)
+    assert signs < 2500 + letters, "no more than suffices is broken"
+    assert more or signs >= 2500
 
 
 @pytest.mark.parametrize("length", [60, 12, 6])
