@@ -100,7 +100,8 @@ _WORK: dict[str, Callable[[Any], Any]] = {}
 
 def _start(work: Callable[[Any], Any]) -> None:
     _WORK["work"] = work
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a worker without a traceback
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends a worker without a traceback
     torch.set_num_threads(1)  # the pool of threads does not outlive a fork
 
 

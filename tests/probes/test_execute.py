@@ -68,3 +68,13 @@ def test_a_base_on_a_gpu_is_not_forked() -> None:
         check_jobs(2, torch.device("cuda:0"))
     with pytest.raises(OptionError, match="expected 1 or more"):
         check_jobs(0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler], ids=["ignored", "not ignored"])
+def test_an_interrupt_ends_a_worker_unless_this_process_ignores_it(handler: object) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        (found,) = mapped(lambda _: signal.getsignal(signal.SIGINT), [0], jobs=2, lost=lost)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == (signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL)
