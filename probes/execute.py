@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -50,8 +51,9 @@ def mapped(
 ) -> Iterator[Result]:
     """Results in the order of the tasks, each as soon as it and those before it are there.
 
-    With several jobs each worker runs torch on one thread. Where a worker dies, whatever was not finished is done
-    again, each task in a worker of its own, so that only the one which kills its worker is lost.
+    With several jobs each worker runs torch on one thread. Where a worker dies, the first task that was not finished is
+    done again in a worker of its own, and the others side by side as before, until the one that kills its worker is
+    found, which alone is lost. What had been done out of turn is then done twice.
 
     Args:
         work: What is done with a task; it may hold what cannot be pickled, its results may not.
@@ -62,15 +64,20 @@ def mapped(
     if jobs == 1:
         yield from map(work, tasks)
         return
-    pool = _pool(work, min(jobs, len(tasks)))
-    try:
-        for task, future in zip(tasks, _submitted(pool, tasks), strict=True):
-            try:
+    waiting = list(tasks)
+    while waiting:
+        done = 0
+        pool = _pool(work, min(jobs, len(waiting)))
+        try:
+            for future in _submitted(pool, waiting):
                 yield future.result()
-            except BrokenProcessPool:
-                yield _alone(work, task, lost)
-    finally:
-        pool.shutdown(cancel_futures=True)
+                done += 1
+        except BrokenProcessPool:
+            yield _alone(work, waiting[done], lost)
+            done += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
+        waiting = waiting[done:]
 
 
 def _alone(work: Callable[[Task], Result], task: Task, lost: Callable[[Task, WorkerLostError], Result]) -> Result:
@@ -88,10 +95,14 @@ def _pool(work: Callable[[Any], Any], jobs: int) -> ProcessPoolExecutor:
 
 
 def _submitted(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> list[Future[Any]]:
-    with warnings.catch_warnings():
+    """As many of the tasks as the pool takes: one whose worker has died already takes no more."""
+    futures: list[Future[Any]] = []
+    with warnings.catch_warnings(), suppress(BrokenProcessPool):
         # Python warns of threads beside a fork; those of torch are idle here, and a worker starts none.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return [pool.submit(_run, task) for task in tasks]
+        for task in tasks:
+            futures.append(pool.submit(_run, task))
+    return futures
 
 
 # What a worker does with each task, by one name; empty but in a worker.

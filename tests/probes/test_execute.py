@@ -54,6 +54,18 @@ def test_a_task_that_kills_its_worker_is_lost_alone() -> None:
     assert found == ["0", "1 lost: worker-lost", "2", "3", "4 lost: worker-lost", "5"]
 
 
+def test_many_tasks_go_on_side_by_side_after_one_that_kills_at_once() -> None:
+    def work(task: int) -> int:
+        if task == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    first, *others = mapped(work, range(3000), jobs=2, lost=lost)
+    assert first == "0 lost: worker-lost"
+    assert len(others) == 2999
+    assert len(set(others)) <= 10, "not a process for each"
+
+
 def test_what_a_task_raises_is_raised_here() -> None:
     def work(task: int) -> None:
         raise KeyError(task)
